@@ -1,10 +1,12 @@
 """What forge raises.
 
     ForgeError
-    ├── UnknownNameError     a name that nothing answers to (also a KeyError)
+    ├── UnknownNameError     a name that nothing answers to
     ├── ConflictError        values that contradict each other
     ├── UnsupportedError     what this model, machine or stack cannot do
     └── MissingAssetError    the examples' model or data are not in the cache
+
+A `ForgeWarning` (a UserWarning) is something that works and is probably not what you want.
 
 Every message states the value, the rule and the remedy.
 """
@@ -50,3 +52,7 @@ class UnsupportedError(ForgeError):
 
 class MissingAssetError(ForgeError):
     """The model or data of the examples are not in the cache and cannot be fetched."""
+
+
+class ForgeWarning(UserWarning):
+    """Something that works, and that is probably not what you want."""

@@ -1,0 +1,61 @@
+"""forge: presets, callbacks and estimates for people who fine-tune language models with transformers, PEFT and TRL.
+
+Importing it is cheap: the names below are loaded when they are first used, and torch and transformers with them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the twin of _WHERE below, for editors and type checkers
+    from .errors import (
+        ConflictError,
+        ForgeError,
+        ForgeWarning,
+        MissingAssetError,
+        UnknownNameError,
+        UnsupportedError,
+    )
+    from .hardware import Hardware
+    from .presets import Preset, get_preset, list_presets
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "ConflictError": "errors",
+    "ForgeError": "errors",
+    "ForgeWarning": "errors",
+    "Hardware": "hardware",
+    "MissingAssetError": "errors",
+    "Preset": "presets",
+    "UnknownNameError": "errors",
+    "UnsupportedError": "errors",
+    "get_preset": "presets",
+    "list_presets": "presets",
+}
+
+__all__ = [
+    "ConflictError",
+    "ForgeError",
+    "ForgeWarning",
+    "Hardware",
+    "MissingAssetError",
+    "Preset",
+    "UnknownNameError",
+    "UnsupportedError",
+    "get_preset",
+    "list_presets",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

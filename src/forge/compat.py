@@ -1,0 +1,73 @@
+"""Every name and internal of transformers, TRL and PEFT that moved between the versions we admit, or that we lean on.
+
+Nothing here is imported at the top: a function looks at what is installed when it is called. Each has a contract test
+in tests/test_compat.py, so that a new release which moves something fails there, by name, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def dense_gguf_kwargs() -> dict[str, Any]:
+    """What makes `from_pretrained(gguf_file=...)` return dense weights.
+
+    Newer transformers keep a GGUF's weights packed unless `GgufConfig(dequantize=True)` is passed; older ones have no
+    such class and always unpack.
+    """
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def resolve_lora_targets(
+    model: Any, target_modules: tuple[str, ...] | str, target_parameters: tuple[str, ...]
+) -> tuple[str | set[str], set[str]] | None:
+    """What PEFT makes of LoRA targets before it matches them, None when it refuses them or changes their rank.
+
+    From 0.19 on, PEFT rewrites the configs of mixtures of experts whose modules transformers 5 fused, so that adapters
+    trained before still load: `down_proj` becomes a parameter of the experts, and dense layers of that name are left
+    out. Older versions take the names as they are.
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:
+        return target_modules if isinstance(target_modules, str) else set(target_modules), set(target_parameters)
+    from peft import LoraConfig
+
+    modules = target_modules if isinstance(target_modules, str) else list(target_modules)
+    config = LoraConfig(target_modules=modules, target_parameters=list(target_parameters))
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    except ValueError:
+        return None
+    if config.rank_pattern or config.alpha_pattern:
+        return None
+    resolved = config.target_modules
+    return resolved if isinstance(resolved, str) else set(resolved or ()), set(config.target_parameters or ())
+
+
+def lora_can_adapt(model: Any, module_name: str) -> bool:
+    """Whether PEFT accepts LoRA on a linear layer: not on Mamba's `out_proj`, whose kernel reads the weight itself."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return not (model_type in _MAMBA and module_name.rpartition(".")[2] == "out_proj")
+
+
+# peft.tuners.tuners_utils._check_lora_target_modules_mamba holds the same list inside a function.
+_MAMBA = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+
+
+def checkpointing_names(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`activation_checkpointing*` under the names of the installed TrainingArguments.
+
+    transformers renamed gradient_checkpointing in 5.x. Where both exist the new one must be passed, even as False: TRL's
+    own default for the old one warns otherwise.
+    """
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    if any(field.name == "activation_checkpointing" for field in fields(TrainingArguments)):
+        return kwargs
+    return {name.replace("activation_checkpointing", "gradient_checkpointing"): value for name, value in kwargs.items()}

@@ -1,0 +1,137 @@
+"""What a machine can do, as one value: the data types, attention and optimizer that a recipe may choose on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import UnknownNameError, UnsupportedError
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A hardware profile. Four of them cover what forge knows; `Hardware.detect()` says which one this machine is.
+
+    Args:
+        name: "cpu", "turing", "ampere" or "hopper".
+        device: "cpu" or "cuda".
+        compute_dtype: the dtype matrix products run in, by torch's name for it.
+        tf32: whether fp32 matrix products may use TF32.
+        attn_implementation: transformers' name of the attention kernel.
+        min_capability: the lowest CUDA compute capability of the profile, None for the CPU.
+        rule: why, in one sentence.
+    """
+
+    name: str
+    device: Device
+    compute_dtype: str
+    tf32: bool
+    attn_implementation: str
+    min_capability: tuple[int, int] | None
+    rule: str
+
+    @classmethod
+    def named(cls, name: str) -> Hardware:
+        """The profile called `name`; it need not be in this machine.
+
+        >>> Hardware.named("hopper").compute_dtype
+        'bfloat16'
+
+        Raises:
+            UnknownNameError: There is no such profile.
+        """
+        try:
+            return PROFILES[name]
+        except (KeyError, TypeError):
+            raise UnknownNameError.among("hardware", str(name), PROFILES) from None
+
+    @classmethod
+    def detect(cls) -> Hardware:
+        """The profile of this machine: of its first CUDA device where there is one, else "cpu".
+
+        Raises:
+            UnsupportedError: There is a GPU whose abilities forge does not know.
+        """
+        import torch
+
+        if not torch.cuda.is_available():
+            return PROFILES["cpu"]
+        if torch.version.hip:
+            raise UnsupportedError(
+                f"The GPU is an AMD one ({torch.cuda.get_device_name(0)}); forge's profiles were made for CUDA devices "
+                'and never run on it. Name the nearest yourself: hardware="ampere" (bf16, sdpa), or hardware="cpu".'
+            )
+        capability = torch.cuda.get_device_capability(0)
+        for name in ("hopper", "ampere", "turing"):
+            profile = PROFILES[name]
+            if profile.min_capability and capability >= profile.min_capability:
+                return profile
+        raise UnsupportedError(
+            f"{torch.cuda.get_device_name(0)} has compute capability {capability[0]}.{capability[1]}; fast 16-bit "
+            'arithmetic starts at 7.0. Use hardware="cpu", or name the nearest yourself: hardware="turing".'
+        )
+
+    def missing_here(self) -> str | None:
+        """Why transformers would refuse this profile's arguments on this machine; None when it would not.
+
+        >>> Hardware.named("cpu").missing_here() is None
+        True
+        """
+        if self.device == "cpu":
+            return None
+        import torch
+
+        if not torch.cuda.is_available():
+            return f"the preset is for {self.name}, and this machine has no CUDA device"
+        capability = torch.cuda.get_device_capability(0)
+        if self.min_capability and capability < self.min_capability:
+            return (
+                f"the preset is for {self.name} (compute capability {'.'.join(map(str, self.min_capability))} or "
+                f"higher), and this GPU has {'.'.join(map(str, capability))}"
+            )
+        return None
+
+
+PROFILES: dict[str, Hardware] = {
+    profile.name: profile
+    for profile in (
+        Hardware(
+            name="cpu",
+            device="cpu",
+            compute_dtype="float32",
+            tf32=False,
+            attn_implementation="sdpa",
+            min_capability=None,
+            rule="few CPUs multiply bf16 natively, the others emulate it: fp32 is exact and the faster of the two",
+        ),
+        Hardware(
+            name="turing",
+            device="cuda",
+            compute_dtype="float16",
+            tf32=False,
+            attn_implementation="sdpa",
+            min_capability=(7, 0),
+            rule="Volta and Turing have fp16 tensor cores but only emulate bf16, and have no TF32",
+        ),
+        Hardware(
+            name="ampere",
+            device="cuda",
+            compute_dtype="bfloat16",
+            tf32=True,
+            attn_implementation="sdpa",
+            min_capability=(8, 0),
+            rule="Ampere and Ada have bf16 tensor cores (fp32's range: no loss scaling) and TF32",
+        ),
+        Hardware(
+            name="hopper",
+            device="cuda",
+            compute_dtype="bfloat16",
+            tf32=True,
+            attn_implementation="sdpa",
+            min_capability=(9, 0),
+            rule="Hopper and Blackwell have bf16 tensor cores (fp32's range: no loss scaling) and TF32",
+        ),
+    )
+}

@@ -1,0 +1,15 @@
+"""A model's anatomy: its decoder layers, LoRA targets, routers, ties and quantised parts, read from structure.
+
+layers.py    where the language decoder's layers are, whatever they are called
+experts.py   mixtures of experts: which module routes, which parameters are the experts
+targets.py   what LoRA should adapt, in words that PEFT takes exactly
+anatomy.py   all of it as one JSON-serialisable value, from a live model, a config or an id
+"""
+
+from __future__ import annotations
+
+from forge.models.anatomy import ModelAnatomy, read_anatomy
+from forge.models.layers import decoder_layers
+from forge.models.targets import DEFAULT_TARGET_PATTERN, LoraTargets
+
+__all__ = ["DEFAULT_TARGET_PATTERN", "LoraTargets", "ModelAnatomy", "decoder_layers", "read_anatomy"]

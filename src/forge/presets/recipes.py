@@ -1,0 +1,279 @@
+"""The recipes: every value that a preset carries, with the reason for it and where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..hardware import Hardware
+from ..models import DEFAULT_TARGET_PATTERN, ModelAnatomy
+from .batch import Batch
+from .choice import Choice
+from .method import SIXTEEN_OR_32_BIT, Method
+
+LORA = "Hu et al. 2021, arXiv:2106.09685"
+QLORA = "Dettmers et al. 2023, arXiv:2305.14314"
+REGRET = "Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora"
+ALPACA = "Taori et al. 2023, Stanford Alpaca"
+TULU2 = "Ivison et al. 2023, Tulu 2, arXiv:2311.10702"
+TULU3 = "Lambert et al. 2024, Tulu 3, arXiv:2411.15124"
+DPO = "Rafailov et al. 2023, arXiv:2305.18290"
+ZEPHYR = "Tunstall et al. 2023, Zephyr, arXiv:2310.16944"
+HANDBOOK = "the alignment handbook's zephyr-7b recipes"
+MIXED = "Micikevicius et al. 2017, arXiv:1710.03740"
+CHECKPOINTING = "Chen et al. 2016, arXiv:1604.06174"
+PRECISION_BENCH = "benchmarks/adapter_precision.py"
+
+DPO_LEARNING_RATE_LIMIT = 1e-5
+LORA_ALPHA, LORA_R = 32, 16
+ONE_DEVICE = "this process's device"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a recipe decides from.
+
+    Args:
+        method: what is trained and in which formats.
+        hardware: the profile it will run on.
+        anatomy: the model, None when it is not known yet.
+        batch: how an optimizer step is cut up.
+        lora_r: the rank, after the user's overrides.
+        lora_alpha: LoRA's alpha, after the user's overrides.
+        use_rslora: whether the scale is alpha / sqrt(r).
+        own_targets: whether the user names what LoRA adapts.
+    """
+
+    method: Method
+    hardware: Hardware
+    anatomy: ModelAnatomy | None
+    batch: Batch
+    lora_r: int = LORA_R
+    lora_alpha: int = LORA_ALPHA
+    use_rslora: bool = False
+    own_targets: bool = False
+
+
+def recipe(setting: Setting) -> dict[str, Choice]:
+    """All values for this setting, in the order in which a person would read them."""
+    method = setting.method
+    choices = _model(setting)
+    if method.quantized:
+        choices |= _quantization(setting)
+    if method.use_peft:
+        choices |= _lora(setting)
+    choices |= {"learning_rate": _learning_rate(setting)} | _schedule(setting) | _batch(setting) | _machine(setting)
+    choices |= _dpo(setting) if method.objective == "dpo" else _sft(setting)
+    return choices
+
+
+def _model(setting: Setting) -> dict[str, Choice]:
+    method, hardware = setting.method, setting.hardware
+    if not method.use_peft:
+        dtype = Choice(
+            "float32",
+            "fp32 master weights: in 16 bits most updates are smaller than the rounding of the weight they change",
+            MIXED,
+        )
+    else:
+        dtype = Choice(
+            SIXTEEN_OR_32_BIT.get(method.precision, method.compute_dtype),
+            "what is frozen needs no fp32 copy; the adapters themselves stay fp32",
+            QLORA,
+            hardware.rule,
+        )
+    place = "every parameter on this process's one device: what spreads a model over several cannot be trained by DDP"
+    return {
+        "precision": Choice(method.precision, "of the base weights", QLORA if method.quantized else "", hardware.rule),
+        "use_peft": Choice(
+            method.use_peft, "LoRA adapters are trained" if method.use_peft else "all weights are trained"
+        ),
+        "dtype": dtype,
+        "attn_implementation": Choice(
+            hardware.attn_implementation,
+            "exact, in torch itself, with a fused kernel on every profile; flash kernels are separate packages",
+            "torch.nn.functional.scaled_dot_product_attention",
+        ),
+        "device_map": Choice(ONE_DEVICE, place, "", f"device {hardware.device}"),
+    }
+
+
+def _quantization(setting: Setting) -> dict[str, Choice]:
+    method = setting.method
+    if method.precision == "int8":
+        return {
+            "load_in_8bit": Choice(True, "LLM.int8(): outliers in 16 bits", "Dettmers et al. 2022, arXiv:2208.07339")
+        }
+    why = "NF4's levels are the quantiles of a normal distribution, which trained weights resemble"
+    return {
+        "load_in_4bit": Choice(True, "the base is frozen, so that 4 bits of storage are enough", QLORA),
+        "bnb_4bit_quant_type": Choice(
+            method.precision, why if method.precision == "nf4" else "a 4-bit float; the paper finds NF4 better", QLORA
+        ),
+        "bnb_4bit_use_double_quant": Choice(
+            True, "quantises the scales too: 0.37 bits per parameter less, without measurable loss", QLORA
+        ),
+        "bnb_4bit_compute_dtype": Choice(
+            method.compute_dtype, "what the 4-bit weights are unpacked to", QLORA, setting.hardware.rule
+        ),
+    }
+
+
+def _lora(setting: Setting) -> dict[str, Choice]:
+    r, alpha = setting.lora_r, setting.lora_alpha
+    scale = f"alpha/sqrt(r) = {alpha / r**0.5:g}" if setting.use_rslora else f"alpha/r = {alpha / r:g}"
+    choices = {
+        "lora_r": Choice(
+            LORA_R, "enough for most instruction data; more adds memory and, with alpha held, little else", REGRET
+        ),
+        "lora_alpha": Choice(
+            LORA_ALPHA,
+            f"held when r changes, so that one learning rate serves every rank: the update is scaled by {scale}, "
+            "and with 1/r scaling the best rate hardly depends on r",
+            REGRET,
+        ),
+        "lora_dropout": Choice(
+            0.0, "small data sets are better served by fewer epochs; 0 also lets fused experts be adapted", REGRET
+        ),
+        "task_type": Choice("CAUSAL_LM", "the adapter file says what it is for", "peft.TaskType"),
+        "bias": Choice("none", "trained biases change the base itself, also with the adapter switched off", LORA),
+    }
+    anatomy = setting.anatomy
+    if setting.own_targets:
+        transposed = bool(anatomy and anatomy.targets.fan_in_fan_out)
+        targets: dict[str, Any] = {"fan_in_fan_out": True} if transposed else {}
+        why = "GPT-2's Conv1D stores its weight transposed"
+    elif anatomy:
+        targets = anatomy.targets.lora_kwargs(quantized=setting.method.quantized)
+        why = f"every linear layer of the language decoder of this {anatomy.model_type}; no router, tower or lm_head"
+    else:
+        targets = {"target_modules": DEFAULT_TARGET_PATTERN}
+        why = (
+            "every linear layer of the decoder, by the names that the known families use; get_preset(..., model=...) "
+            "makes it exact and covers fused experts"
+        )
+    return choices | {name: Choice(value, why, f"{QLORA}, figure 2; {REGRET}") for name, value in targets.items()}
+
+
+def _learning_rate(setting: Setting) -> Choice:
+    billions = setting.anatomy.num_parameters / 1e9 if setting.anatomy else 0
+    size = f"{billions:.2g}B parameters" if billions else "size unknown: no model given"
+    rate = _dpo_rate if setting.method.objective == "dpo" else _adapter_rate if setting.method.use_peft else _full_rate
+    return rate(setting, billions, size)
+
+
+def _dpo_rate(setting: Setting, billions: float, size: str) -> Choice:  # noqa: ARG001  (one signature for all three)
+    if setting.method.use_peft:
+        why = "DPO moves a finished model a little; adapters take ten times a full model's rate"
+        return Choice(5e-6, why, HANDBOOK)
+    why = "DPO moves a finished model a little; above 1e-5 the policy runs away from its reference"
+    return Choice(5e-7, why, ZEPHYR)
+
+
+def _adapter_rate(setting: Setting, billions: float, size: str) -> Choice:  # noqa: ARG001
+    # Named sizes are rounded: "13B" is 13.02e9 parameters.
+    if billions > 13.5:
+        return Choice(1e-4, f"half, above 13B ({size})", f"{QLORA}, table 9 (33B and 65B)")
+    return Choice(2e-4, f"about ten times a full model's rate ({size})", f"{QLORA}, table 9 (7B and 13B); {REGRET}")
+
+
+def _full_rate(setting: Setting, billions: float, size: str) -> Choice:  # noqa: ARG001
+    if billions > 40:
+        return Choice(5e-6, f"between the published rates for 70B, 1e-5 and 2e-6 ({size})", f"{TULU2}; {TULU3}")
+    if billions > 10:
+        return Choice(1e-5, f"half, above 10B ({size})", f"{ALPACA} (13B)")
+    return Choice(2e-5, f"the common rate for all weights; it falls with size ({size})", f"{ALPACA} (7B); {TULU2} (7B)")
+
+
+def _schedule(setting: Setting) -> dict[str, Choice]:
+    dpo = setting.method.objective == "dpo"
+    return {
+        "lr_scheduler_type": Choice("cosine", "ends near zero, so that the last weights are the good ones", ALPACA),
+        "warmup_steps": Choice(0.03, "3% of all steps: Adam's second moments settle before the rate is high", ALPACA),
+        "num_train_epochs": Choice(
+            1 if dpo else 3,
+            "preferences are overfitted within a few passes" if dpo else "small instruction sets need several passes",
+            HANDBOOK if dpo else ALPACA,
+        ),
+        "logging_steps": Choice(10, "a line every few minutes, whatever the model", "TRL's default"),
+        "report_to": Choice("none", "nothing leaves the machine unless asked", "transformers' default"),
+    }
+
+
+def _batch(setting: Setting) -> dict[str, Choice]:
+    batch = setting.batch
+    sum_ = f"micro-batch x accumulation x world size: {batch}"
+    return {
+        "effective_batch_size": Choice(batch.effective, sum_, f"{QLORA}, table 9 (7B and 13B)"),
+        "per_device_train_batch_size": Choice(batch.micro, sum_),
+        "gradient_accumulation_steps": Choice(batch.accumulation, sum_),
+        "world_size": Choice(batch.world_size, "processes, from WORLD_SIZE as torchrun and accelerate set it"),
+    }
+
+
+def _machine(setting: Setting) -> dict[str, Choice]:
+    hardware, method = setting.hardware, setting.method
+    cuda = hardware.device == "cuda"
+    paged = cuda and method.quantized
+    choices = {
+        "optim": Choice(
+            "paged_adamw_8bit" if paged else "adamw_torch_fused",
+            "8-bit moments, which move to the host when memory runs out"
+            if paged
+            else "AdamW as published, in one kernel",
+            f"{QLORA}, section 3" if paged else "torch.optim.AdamW(fused=True)",
+            "paged and 8-bit optimizers exist on CUDA only" if method.quantized else "",
+        ),
+        "bf16": Choice(method.autocast == "bf16", "autocast of the matrix products", MIXED, hardware.rule),
+        "fp16": Choice(method.autocast == "fp16", "autocast with loss scaling", MIXED, hardware.rule),
+        "use_cpu": Choice(not cuda, "the profile's device", "", f"profile {hardware.name}"),
+        "activation_checkpointing": Choice(
+            cuda,
+            "activations are recomputed in backward: about a third more time for the largest part of the memory"
+            if cuda
+            else "a CPU has memory to spare and no time",
+            CHECKPOINTING,
+            f"device {hardware.device}",
+        ),
+    }
+    if cuda:
+        choices["activation_checkpointing_kwargs"] = Choice(
+            {"use_reentrant": False}, "works with frozen inputs, and is what torch recommends", "torch.utils.checkpoint"
+        )
+    if hardware.tf32:
+        choices["tf32"] = Choice(
+            True, "what remains in fp32 runs on tensor cores", "NVIDIA A100 whitepaper", hardware.rule
+        )
+    return choices
+
+
+def _max_length(setting: Setting, preferred: int) -> Choice:
+    limit = setting.anatomy.max_position_embeddings if setting.anatomy else None
+    if limit and limit < preferred:
+        return Choice(limit, f"the longest that this model was made for (max_position_embeddings={limit})")
+    return Choice(preferred, "covers most conversations; memory and time grow with it", "")
+
+
+def _sft(setting: Setting) -> dict[str, Choice]:
+    return {
+        "max_length": _max_length(setting, 2048),
+        "packing": Choice(
+            False,
+            "a batch of 16 means 16 samples, which the learning rate was tuned for; packed, it is 16 full rows and "
+            "a small set gives few steps. Set packing=True for many short samples: it is exact with sdpa under SFTTrainer",
+            "TRL, Reducing Memory Usage",
+        ),
+    }
+
+
+def _dpo(setting: Setting) -> dict[str, Choice]:
+    choices: dict[str, Any] = {
+        "max_length": _max_length(setting, 1024),
+        "beta": Choice(0.1, "how hard the policy is held to its reference", f"{DPO}; {ZEPHYR}"),
+    }
+    if not setting.method.use_peft:
+        # With adapters TRL needs no copy: it switches them off. Without, the copy is as large as the model.
+        choices["precompute_ref_log_probs"] = Choice(
+            True, "the reference's log-probabilities are computed once, then no second model is kept", "TRL, DPOConfig"
+        )
+    return choices
