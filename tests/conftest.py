@@ -58,6 +58,19 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Give each test of a tiny model one thread: more of them only wait for each other, by far on a busy machine."""
+    torch = sys.modules.get("torch")
+    if torch is None or any(request.node.get_closest_marker(name) for name in ("real", "long")):
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
 def _imports_left_out_of_garbage_collection() -> None:
     """Spare the collector the libraries' two million objects: each `train()` collects, which took 0.5 of its 0.7 s."""
     if len(sys.modules) > _frozen["modules"] + 500:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import doctest
+import importlib
 import json
 import re
 import subprocess
@@ -329,6 +331,28 @@ def test_a_stack_of_matrices_without_a_router_is_not_experts():
     assert read_anatomy(model).targets == read_anatomy(tiny_config("llama")).targets
 
 
+def test_routers_may_score_more_experts_than_are_in_the_stack():
+    # Inkling's router scores the shared experts too, which are a second stack; Zaya's ends an MLP of its own.
+    import torch
+    from torch import nn
+
+    def stack(experts: int) -> nn.Module:
+        module = nn.Module()
+        module.up_proj = nn.Parameter(torch.zeros(experts, 8, 32))
+        module.down_proj = nn.Parameter(torch.zeros(experts, 32, 8))
+        return module
+
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp = nn.Module()
+        layer.mlp.gate = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 6))
+        layer.mlp.experts, layer.mlp.shared_experts = stack(4), stack(2)
+    anatomy = read_anatomy(model)
+    assert anatomy.routers == ("mlp.gate",)
+    stacks = [f"mlp.{name}.{leaf}" for name in ("experts", "shared_experts") for leaf in ("up_proj", "down_proj")]
+    assert anatomy.targets == LoraTargets(("q_proj", "k_proj", "v_proj", "o_proj"), tuple(stacks))
+
+
 def test_experts_that_peft_cannot_adapt_are_never_left_out_in_silence():
     import torch
     from torch import nn
@@ -387,3 +411,10 @@ def test_what_is_not_a_language_model_is_refused():
         read_anatomy(ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4))
     with pytest.raises(UnsupportedError, match=r"not of a dict"):
         read_anatomy({"model_type": "llama"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("module", ["anatomy", "layers", "matching", "targets"])
+def test_docstrings_run(module):
+    results = doctest.testmod(importlib.import_module(f"forge.models.{module}"))
+    assert results.attempted
+    assert not results.failed

@@ -1,0 +1,57 @@
+"""One contract test for each thing in forge.compat: a new release that moves it fails here, by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from forge import compat
+from support.families import tiny_model
+from support.warnings import WarningRecorder
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_resolve_lora_targets_foresees_what_peft_does(family):
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model(family)
+    named = ("q_proj", "q_a_proj", "o_proj"), ("mlp.experts.down_proj",) if family != "llama" else ()
+    resolved = compat.resolve_lora_targets(model, *named)
+    with WarningRecorder():
+        wrapped = get_peft_model(model, LoraConfig(target_modules=list(named[0]), target_parameters=list(named[1])))
+    config = wrapped.peft_config["default"]
+    assert resolved == (set(config.target_modules), set(config.target_parameters or ()))
+
+
+def test_resolve_lora_targets_says_when_names_are_taken_for_experts():
+    # All of peft >= 0.19 and transformers 5: `gate_proj` and `up_proj` would become one parameter of doubled rank, and
+    # `gate_proj` alone is refused. Before, both are dense layers and nothing else.
+    model = tiny_model("deepseek_v3")
+    before = compat.resolve_lora_targets(tiny_model("llama"), ("gate_proj", "up_proj"), ())
+    assert before == ({"gate_proj", "up_proj"}, set())
+    try:
+        from peft.utils import transformers_weight_conversion  # noqa: F401
+    except ImportError:
+        assert compat.resolve_lora_targets(model, ("gate_proj", "up_proj"), ()) == before
+    else:
+        assert compat.resolve_lora_targets(model, ("gate_proj", "up_proj"), ()) is None
+        assert compat.resolve_lora_targets(model, ("gate_proj",), ()) is None
+        assert compat.resolve_lora_targets(model, ("down_proj",), ()) == (set(), {"down_proj"})
+
+
+@pytest.mark.parametrize("config_class", ["MambaConfig", "Mamba2Config", "FalconMambaConfig", "JambaConfig"])
+def test_lora_can_adapt_agrees_with_peft(config_class):
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    mamba2 = {"head_dim": 8, "num_heads": 8, "expand": 2, "n_groups": 1} if config_class == "Mamba2Config" else {}
+    jamba = {"num_key_value_heads": 2, "use_mamba_kernels": False} if config_class == "JambaConfig" else {}
+    config = getattr(transformers, config_class)(**sizes, **mamba2, **jamba)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    name = next(name for name, _ in model.named_modules() if name.endswith("out_proj"))
+    with WarningRecorder():
+        if compat.lora_can_adapt(model, name):
+            assert get_peft_model(model, LoraConfig(target_modules=["out_proj"])).get_base_model()
+        else:
+            with pytest.raises(ValueError, match="incompatible with Mamba"):
+                get_peft_model(model, LoraConfig(target_modules=["out_proj"]))
