@@ -4,7 +4,8 @@
     python examples/train_with_forge.py --model Qwen/Qwen2.5-7B-Instruct --data chats.jsonl --max-length 2048
 
 `--data` is a JSON-lines file (or the id of a data set on the hub) whose rows have `messages`, or `prompt` and
-`completion`, or `text`; without it, the conversations that come with the examples. The preset is QLoRA unless you say otherwise.
+`completion`, or `text`; without it, the conversations that come with the examples. The preset is QLoRA unless you say
+otherwise.
 """
 
 from __future__ import annotations

@@ -367,13 +367,27 @@ def test_experts_that_peft_cannot_adapt_are_never_left_out_in_silence():
         targets.lora_kwargs()
 
 
-def test_mamba_out_proj_is_refused_by_peft_and_reported():
-    from transformers import MambaConfig
+@pytest.mark.parametrize(
+    ("config_class", "adapted", "bypassed"),
+    [
+        ("MambaConfig", ("in_proj",), ("mixer.x_proj", "mixer.dt_proj", "mixer.out_proj")),
+        ("Mamba2Config", ("in_proj",), ("mixer.out_proj",)),
+        ("JambaConfig", None, ("mamba.dt_proj",)),
+    ],
+)
+def test_layers_that_a_state_space_kernel_bypasses_are_left_out(config_class, adapted, bypassed):
+    import transformers
 
-    config = MambaConfig(vocab_size=VOCAB_SIZE, hidden_size=32, state_size=4, num_hidden_layers=2, time_step_rank=4)
-    targets = read_anatomy(config).targets
-    assert targets.uncovered == ("mixer.out_proj",)
-    assert targets.target_modules == ("in_proj", "x_proj", "dt_proj")
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    own = {
+        "MambaConfig": {"state_size": 4},
+        "Mamba2Config": {"head_dim": 8, "num_heads": 8, "expand": 2, "n_groups": 1},
+        "JambaConfig": {"mamba_d_state": 4},
+    }[config_class]
+    targets = read_anatomy(getattr(transformers, config_class)(**sizes, **own)).targets
+    assert targets.bypassed == bypassed
+    assert adapted in (None, targets.target_modules)
+    assert "dt_proj" not in targets.lora_kwargs()["target_modules"]
 
 
 def test_linear_layers_named_by_their_weight_exclude_quantisation():

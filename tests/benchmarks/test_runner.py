@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from benchmarks.runner import Suite, key, last_rows, main, read_rows, run
+
 from support.resume import exists, kill_and_resume
 
 
@@ -118,7 +118,7 @@ def wait_in_third(settings):
 
 def test_a_cell_does_not_outlive_a_killed_runner(tmp_path, marks):
     alive = Path(str(marks) + "-alive")
-    code = "import test_runner; test_runner.one_beating_cell({!r})".format(str(tmp_path))
+    code = f"import test_runner; test_runner.one_beating_cell({str(tmp_path)!r})"
     path = os.pathsep.join(filter(None, sys.path))
     runner = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
     deadline = time.monotonic() + 60

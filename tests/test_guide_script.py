@@ -1,0 +1,87 @@
+"""The guide's script, step for step, on real weights with the plain Trainer.
+
+The only edits to it: the imports, `processing_class`, the data collator, the padding token (the guide's `pad = eos`
+would mask every end of turn), and `hardware="cpu"`, so that the test does the same on every machine. EMA, monitoring
+and freezing join as their parts land.
+"""
+
+import json
+
+import pytest
+import torch
+from datasets import load_dataset
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, Trainer
+
+from forge import get_preset
+
+
+@pytest.mark.usefixtures("no_foreign_warnings")
+def test_train_with_forge(smollm2, conversations, tmp_path, capsys):
+    model_name, output_dir = str(smollm2), tmp_path / "output"
+    files = write_dataset(tmp_path, conversations)
+
+    # 1. The preset
+    preset = get_preset("qlora", hardware="cpu", lora_r=32, lora_alpha=64, learning_rate=2e-4, num_train_epochs=3)
+    preset.print_info()
+    assert "lora_alpha" in capsys.readouterr().out
+
+    # 2. The model
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    tokenizer.pad_token = "<|endoftext|>"
+    model = AutoModelForCausalLM.from_pretrained(
+        model_name, quantization_config=preset.get_bnb_config(), device_map="auto"
+    )
+
+    # 3. Its preparation
+    model = prepare_model_for_kbit_training(model)
+    model = get_peft_model(model, preset.get_lora_config())
+
+    # 4. The data
+    dataset = load_dataset("json", data_files=files)
+
+    def tokenize(example):
+        return tokenizer(example["text"], truncation=True, max_length=2048, padding="max_length")
+
+    dataset = dataset.map(tokenize, batched=True, remove_columns=["text"])
+
+    # 5. to 7. The trainer
+    training_args = preset.get_training_args()
+    training_args.output_dir = str(output_dir)
+    training_args.disable_tqdm = True
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=dataset["train"],
+        eval_dataset=dataset.get("validation"),
+        processing_class=tokenizer,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        callbacks=preset.get_callbacks(),
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    assert trainer.state.global_step == 3
+    assert after < before
+
+    # 8. Saving, and what a user does next
+    model.save_pretrained(output_dir / "final_model")
+    tokenizer.save_pretrained(output_dir / "final_model")
+    base = AutoModelForCausalLM.from_pretrained(
+        model_name, quantization_config=preset.get_bnb_config(), device_map="auto"
+    )
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    reloaded = PeftModel.from_pretrained(base, output_dir / "final_model").eval()
+    inputs = tokenizer("How are you today?", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**inputs).logits, reloaded(**inputs).logits)
+
+
+def write_dataset(folder, conversations):
+    """A text column, as the guide's tokenise function expects, with a validation split."""
+    turns = ["\n".join(f"{m['role']}: {m['content']}" for m in chat[:4]) for chat in conversations[:3]]
+    files = {}
+    for split, texts in {"train": turns[:2], "validation": turns[2:]}.items():
+        files[split] = str(folder / f"{split}.jsonl")
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return files

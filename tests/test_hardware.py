@@ -1,0 +1,95 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from forge import Hardware, UnknownNameError, UnsupportedError, get_preset
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretend that torch sees a GPU of this compute capability."""
+
+    def pretend(capability, *, name="a GPU", hip=None):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
+        monkeypatch.setattr(torch, "version", SimpleNamespace(hip=hip, cuda="13.0"))
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("capability", "profile"),
+    [
+        ((7, 0), "turing"),
+        ((7, 5), "turing"),
+        ((8, 0), "ampere"),
+        ((8, 6), "ampere"),
+        ((8, 9), "ampere"),
+        ((9, 0), "hopper"),
+        ((10, 0), "hopper"),
+        ((12, 0), "hopper"),
+    ],
+)
+def test_detection_by_compute_capability(gpu, capability, profile):
+    gpu(capability)
+    assert Hardware.detect().name == profile
+    assert get_preset("lora").hardware.name == profile
+
+
+def test_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Hardware.detect().name == "cpu"
+
+
+def test_gpus_that_forge_does_not_know_name_the_remedy(gpu):
+    gpu((6, 1), name="GTX 1080")
+    with pytest.raises(UnsupportedError, match=r"GTX 1080 has compute capability 6\.1.*hardware=\"turing\""):
+        Hardware.detect()
+    gpu((9, 4), name="MI300X", hip="6.4")
+    with pytest.raises(UnsupportedError, match="AMD"):
+        get_preset("lora")
+    assert get_preset("lora", hardware="ampere").choices["bf16"].value
+
+
+def test_a_profile_above_this_gpu_is_missing_here(gpu):
+    gpu((7, 5))
+    assert Hardware.named("turing").missing_here() is None
+    assert "compute capability 8.0" in Hardware.named("ampere").missing_here()
+    with pytest.raises(UnsupportedError, match=r"this GPU has 7\.5"):
+        get_preset("lora", hardware="hopper").get_training_args()
+
+
+@pytest.mark.parametrize("name", ["hoper", "", "H100", 9])
+def test_unknown_profiles(name):
+    with pytest.raises(UnknownNameError, match="Unknown hardware"):
+        Hardware.named(name)
+
+
+def test_what_the_profiles_decide():
+    table = {
+        name: (p.compute_dtype, p.tf32, p.device)
+        for name in ("cpu", "turing", "ampere", "hopper")
+        for p in [Hardware.named(name)]
+    }
+    assert table == {
+        "cpu": ("float32", False, "cpu"),
+        "turing": ("float16", False, "cuda"),
+        "ampere": ("bfloat16", True, "cuda"),
+        "hopper": ("bfloat16", True, "cuda"),
+    }
+    for name, optim in {"cpu": "adamw_torch_fused", "turing": "paged_adamw_8bit", "hopper": "paged_adamw_8bit"}.items():
+        assert get_preset("qlora", hardware=name).choices["optim"].value == optim
+    assert "tf32" not in get_preset("qlora", hardware="turing").choices
+    assert get_preset("qlora", hardware="ampere").choices["tf32"].value
+
+
+def test_the_device_follows_the_launcher(monkeypatch):
+    preset = get_preset("lora", hardware="hopper")
+    assert preset.model_kwargs()["device_map"] == {"": 0}
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert preset.model_kwargs()["device_map"] == {"": 3}
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "device_map" not in preset.model_kwargs()
+    assert get_preset("lora", hardware="hopper", device_map="auto").model_kwargs()["device_map"] == "auto"
