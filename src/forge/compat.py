@@ -59,10 +59,10 @@ _MAMBA = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"
 
 
 def checkpointing_names(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`activation_checkpointing*` under the names of the installed TrainingArguments.
+    """`activation_checkpointing*` under the names that the installed version has.
 
-    transformers renamed gradient_checkpointing in 5.x. Where both exist the new one must be passed, even as False: TRL's
-    own default for the old one warns otherwise.
+    transformers renamed gradient_checkpointing in 5.x. Where both exist the new one must be passed, even as False:
+    TRL's own default for the old one warns otherwise.
     """
     from dataclasses import fields
 

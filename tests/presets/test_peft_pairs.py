@@ -1,5 +1,7 @@
 """Pairs that PEFT refuses are contradictions here; pairs that it accepts pass. Both columns are run against PEFT."""
 
+import warnings
+
 import pytest
 from peft import LoraConfig, get_peft_model
 
@@ -14,6 +16,10 @@ REFUSED = [
     ("llama", "fp32", {"target_modules": "all-linear", "layers_to_transform": [0]}),
     ("mixtral", "fp32", {"lora_dropout": 0.1}),
     ("mixtral", "fp32", {"use_dora": True}),
+    ("mixtral", "fp32", {"lora_bias": True}),
+    ("mixtral", "fp32", {"init_lora_weights": "pissa"}),
+    ("qwen3_moe", "fp32", {"init_lora_weights": "olora"}),
+    ("gpt_oss", "fp32", {"init_lora_weights": "orthogonal"}),
 ]
 ACCEPTED = [
     ("llama", "fp32", {"init_lora_weights": "pissa"}),
@@ -43,7 +49,8 @@ def test_what_peft_refuses_is_a_contradiction(family, precision, override, tmp_p
     # PEFT itself would have raised, after the model had been loaded.
     targets = get_preset("lora", hardware="cpu", model=model).get_lora_config()
     kwargs = {"target_modules": targets.target_modules, "target_parameters": targets.target_parameters, **override}
-    with pytest.raises((ValueError, TypeError)):
+    warnings.simplefilter("ignore")  # it may warn first
+    with pytest.raises((ValueError, TypeError, AttributeError)):
         get_peft_model(model, LoraConfig(**kwargs))
 
 
@@ -65,3 +72,8 @@ def test_own_targets_replace_the_anatomy_s():
     config = preset.get_lora_config()
     assert (config.target_modules, config.fan_in_fan_out) == ({"c_attn"}, True)
     assert get_preset("lora", hardware="cpu", model=text_model()).get_lora_config().target_modules == set(LLAMA_TARGETS)
+
+
+def test_layers_to_transform_would_be_ignored_by_experts():
+    with pytest.raises(ConflictError, match="layers_to_transform"):
+        get_preset("lora", hardware="cpu", model=text_model("mixtral"), layers_to_transform=[0])

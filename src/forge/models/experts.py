@@ -1,9 +1,8 @@
 """Mixtures of experts: which parameters are the experts, and which module routes between them.
 
 Names do not tell (`gate` is a router in Mixtral and half of an MLP elsewhere); structure does. Experts are a stack of E
-equal matrices: one 3-dimensional parameter, or a list of E modules. Their router is the neighbour whose one matrix
-has E outputs. A neighbour with a single output weighs the shared expert against the others (Qwen2-MoE) and is a
-gate too.
+equal matrices: one 3-dimensional parameter, or a list of E modules. Their router is the neighbour that ends in E
+outputs. A neighbour with a single output weighs the shared expert against the others (Qwen2-MoE) and is a gate too.
 """
 
 from __future__ import annotations
@@ -36,60 +35,68 @@ def is_linear(module: nn.Module) -> bool:
 
 def find_experts(modules: dict[str, nn.Module], layers_path: str) -> Experts:
     """Experts and routers among the decoder layers of `modules` (a `named_base_modules`)."""
-    routers: set[str] = set()
-    parameters: list[str] = []
-    stacks = _expert_stacks(modules, layers_path)
-    for owner, (num_experts, fused) in stacks.items():
-        gates = _gates(modules, owner, num_experts, layers_path, stacks)
-        if gates:  # without a router a stack of matrices is something else, block-diagonal heads for instance
-            routers.update(gates)
-            parameters.extend(fused)
-    return Experts(frozenset(routers), tuple(parameters))
+    stacks = {
+        name: stack
+        for name, module in modules.items()
+        if name.startswith(f"{layers_path}.") and (stack := _stack(name, module)) is not None
+    }
+    gates = {name: _gates(modules, name, stacks, layers_path) for name in stacks}
+    # Without a router a stack of matrices is something else (block-diagonal heads, for instance), unless it stands
+    # beside one that has a router: then it holds the shared experts.
+    blocks = {_parent(name) for name, found in gates.items() if found}
+    parameters = [key for name, stack in stacks.items() if _parent(name) in blocks for key in stack.parameters]
+    return Experts(frozenset().union(*gates.values()), tuple(parameters))
 
 
-def _expert_stacks(modules: dict[str, nn.Module], layers_path: str) -> dict[str, tuple[int, list[str]]]:
-    """The owners of stacked matrices: their number of experts, and the names of the fused parameters if any."""
+@dataclass(frozen=True)
+class _Stack:
+    """A module that holds equal matrices: how many, and the names of the fused parameters if they are fused."""
+
+    size: int
+    parameters: tuple[str, ...] = ()
+
+
+def _stack(name: str, module: nn.Module) -> _Stack | None:
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
 
-    stacks: dict[str, tuple[int, list[str]]] = {}
-    for name, module in modules.items():
-        if not name.startswith(f"{layers_path}."):
-            continue
-        if isinstance(module, nn.ModuleList) and len(module) > 1:
-            stacks[name] = (len(module), [])
-        if isinstance(module, _ConvNd):
-            continue
-        fused = {
-            f"{name}.{key}": parameter.shape[0]
-            for key, parameter in module.named_parameters(recurse=False)
-            if parameter.ndim == 3 and min(parameter.shape) > 1 and parameter.dtype.is_floating_point
-        }
-        if fused:
-            stacks[name] = (next(iter(fused.values())), list(fused))
-    return stacks
+    if isinstance(module, nn.ModuleList):
+        return _Stack(len(module)) if len(module) > 1 else None
+    if isinstance(module, _ConvNd):
+        return None
+    fused = {
+        f"{name}.{key}": parameter.shape[0]
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and min(parameter.shape) > 1 and parameter.dtype.is_floating_point
+    }
+    return _Stack(min(fused.values()), tuple(fused)) if fused else None
 
 
-def _gates(
-    modules: dict[str, nn.Module],
-    owner: str,
-    num_experts: int,
-    layers_path: str,
-    stacks: dict[str, tuple[int, list[str]]],
-) -> set[str]:
-    """The routers beside `owner`: among its siblings, then among its parent's, up to the decoder layer."""
-    block = owner.rpartition(".")[0]
+def _gates(modules: dict[str, nn.Module], name: str, stacks: dict[str, _Stack], layers_path: str) -> set[str]:
+    """The routers of the stack `name`: beside it, or beside a module around it, up to the decoder layer."""
+    size = stacks[name].size
+    block = _parent(name)
+    beside = _outputs_in(modules, block, stacks)
     while len(block) > len(layers_path):
-        siblings = {f"{block}.{name}": child for name, child in modules[block].named_children()}
-        outputs = {
-            name: _matrix_outputs(child)
-            for name, child in siblings.items()
-            if not any(stack == name or stack.startswith(f"{name}.") for stack in stacks)
-        }
-        if [num_experts] in outputs.values():
-            return {sibling for sibling, widths in outputs.items() if widths in ([num_experts], [1])}
-        block = block.rpartition(".")[0]
+        outputs = _outputs_in(modules, block, stacks)
+        if any(last == size for _, last in outputs.values()):
+            return {child for child, (matrices, last) in outputs.items() if last == size or (matrices, last) == (1, 1)}
+        block = _parent(block)
+    # Some routers also score experts that are not in the stack: shared ones (Inkling), or one that does nothing (Zaya).
+    if len(stacks[name].parameters) > 1:
+        return {child for child, (_, last) in beside.items() if size < last <= 2 * size}
     return set()
+
+
+def _outputs_in(modules: dict[str, nn.Module], block: str, stacks: dict[str, _Stack]) -> dict[str, tuple[int, int]]:
+    """For each child of `block` that is no stack: how many matrices it has, and the outputs of the last."""
+    found = {}
+    for key, child in modules[block].named_children():
+        name = f"{block}.{key}"
+        widths = _matrix_outputs(child)
+        if widths and not any(stack == name or stack.startswith(f"{name}.") for stack in stacks):
+            found[name] = (len(widths), widths[-1])
+    return found
 
 
 def _matrix_outputs(root: nn.Module) -> list[int]:
@@ -100,5 +107,10 @@ def _matrix_outputs(root: nn.Module) -> list[int]:
             width: Any = getattr(module, "out_features", None) or module.nf
             outputs.append(int(width))
         else:
-            outputs += [p.shape[0] for p in module.parameters(recurse=False) if p.ndim >= 2]
+            matrices = (p for p in module.parameters(recurse=False) if p.ndim >= 2 and min(p.shape) > 1)
+            outputs += [p.shape[0] for p in matrices]
     return outputs
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]

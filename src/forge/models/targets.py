@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,11 @@ _LINEARS = (
     "c_attn|q_attn|c_proj|c_fc|fc_in|fc_out|fc[12]|"  # GPT-2, GPT-J, OPT, Phi
     "query_key_value|dense|dense_h_to_4h|dense_4h_to_h|Wqkv"  # GPT-NeoX, Falcon, Bloom, MPT
 )
-DEFAULT_TARGET_PATTERN = rf"(?!(?:.*[._])?(?:{_TOWERS})[^.]*\.)(?:.*\.)?(?:layers|layer|h|blocks)\.\d+\.(?:.*\.)?(?<!\.experts\.)(?:{_LINEARS})"
+DEFAULT_TARGET_PATTERN = (
+    rf"(?!(?:.*[._])?(?:{_TOWERS})[^.]*\.)"
+    r"(?:.*\.)?(?:layers|layer|h|blocks)\.\d+\."
+    rf"(?:.*\.)?(?<!\.experts\.)(?:{_LINEARS})"
+)
 """What to adapt when no model is known: the linear layers of the common families, by name, below numbered layers and
 outside everything that is called like a vision or audio tower. Fused experts are left out, because no pattern of
 modules reaches them alike in all versions of PEFT. A model makes it exact, experts included."""
@@ -41,6 +47,7 @@ class LoraTargets:
             would mistake for fused experts if they were named as modules.
         fan_in_fan_out: whether the layers are GPT-2's `Conv1D`, which stores its weight transposed.
         uncovered: matrices that LoRA should adapt and PEFT cannot, relative to a decoder layer.
+        bypassed: linear layers left out because a state-space kernel reads their weight itself, past any adapter.
         linear_parameters: those of `target_parameters` that are weights of linear layers, relative to a decoder layer;
             PEFT cannot adapt them where the linear layers are quantised.
     """
@@ -49,6 +56,7 @@ class LoraTargets:
     target_parameters: tuple[str, ...] = ()
     fan_in_fan_out: bool = False
     uncovered: tuple[str, ...] = ()
+    bypassed: tuple[str, ...] = ()
     linear_parameters: tuple[str, ...] = ()
 
     def lora_kwargs(self, *, quantized: bool = False) -> dict[str, Any]:
@@ -87,8 +95,8 @@ def find_targets(model: nn.Module, modules: dict[str, nn.Module], layers_path: s
     """
     layers = {name: module for name, module in modules.items() if name.startswith(f"{layers_path}.")}
     linears = [name for name, module in layers.items() if is_linear(module) and not _within(name, experts.routers)]
-    refused = [name for name in linears if not compat.lora_can_adapt(model, name)]
-    wanted = [name for name in linears if name not in set(refused)]
+    bypassed = [name for name in linears if _bypassed(name, modules) or not compat.lora_can_adapt(model, name)]
+    wanted = [name for name in linears if name not in set(bypassed)]
     config: Any = model.config
     if not wanted and not experts.parameters:
         seen = sorted({name.rpartition(".")[2] for name, module in modules.items() if is_linear(module)})
@@ -102,7 +110,8 @@ def find_targets(model: nn.Module, modules: dict[str, nn.Module], layers_path: s
         target_modules=named.target_modules,
         target_parameters=named.target_parameters,
         fan_in_fan_out=bool(wanted) and all(type(modules[name]).__name__ == "Conv1D" for name in wanted),
-        uncovered=_unique_in_layer(refused + raw, layers_path),
+        uncovered=_unique_in_layer(raw, layers_path),
+        bypassed=_unique_in_layer(bypassed, layers_path),
         linear_parameters=_unique_in_layer(named.linear_parameters, layers_path),
     )
 
@@ -113,6 +122,22 @@ def _unique_in_layer(names: Iterable[str], layers_path: str) -> tuple[str, ...]:
 
 def _within(name: str, roots: Iterable[str]) -> bool:
     return any(name == root or name.startswith(f"{root}.") for root in roots)
+
+
+def _bypassed(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether the state-space mixer around a linear layer uses the layer's weight without calling the layer.
+
+    Mamba's fused kernels take `self.out_proj.weight`, and Jamba multiplies by `self.dt_proj.weight`; a LoRA layer there
+    would never be called. Nothing but the mixer's code tells (the gated delta nets of Qwen3-Next do call theirs).
+    """
+    owner, _, leaf = name.rpartition(".")
+    if not hasattr(modules[owner], "A_log"):
+        return False
+    try:
+        code = inspect.getsource(type(modules[owner]))
+    except (OSError, TypeError):  # a class without a file
+        return False
+    return re.search(rf"\bself\.{re.escape(leaf)}\.weight\b(?![.\[])", code) is not None
 
 
 def _large_raw_parameters(layers: dict[str, nn.Module], experts: Experts, *, hidden_size: int) -> list[str]:

@@ -80,13 +80,28 @@ def check_pairs(method: Method, choices: Mapping[str, Choice]) -> None:
             "(get_preset(..., model=...)), or pass target_modules=['q_proj', ...]."
         )
     if value.get("target_parameters"):
-        for name, harmless in (("lora_dropout", 0.0), ("use_dora", False), ("lora_bias", False)):
-            if value.get(name, harmless) != harmless:
-                raise ConflictError(
-                    f"{name}={value[name]!r} with fused experts ({', '.join(value['target_parameters'])}): PEFT adapts "
-                    f"parameters only with {name}={harmless!r}. Leave it out, or pass target_parameters=None to leave "
-                    "the experts unadapted."
-                )
+        _refuse_on_experts(value)
+
+
+# What PEFT cannot do to a parameter that belongs to no layer of its own: (name, values that are fine).
+_HARMLESS_ON_EXPERTS: dict[str, tuple[Any, ...]] = {
+    "lora_dropout": (0.0,),
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "init_lora_weights": (True, False, "gaussian"),
+    "layers_to_transform": (None,),
+    "kasa_config": (None,),
+    "velora_config": (None,),
+}
+
+
+def _refuse_on_experts(value: Mapping[str, Any]) -> None:
+    for name, harmless in _HARMLESS_ON_EXPERTS.items():
+        if name in value and value[name] not in harmless:
+            raise ConflictError(
+                f"{name}={value[name]!r} with fused experts ({', '.join(value['target_parameters'])}): PEFT refuses or "
+                f"ignores it there. Leave it out, or leave the experts unadapted: target_modules=['q_proj', ...]."
+            )
 
 
 # OLoRA too reads the weights, but PEFT unpacks and repacks them for it.

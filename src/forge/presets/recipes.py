@@ -146,6 +146,8 @@ def _lora(setting: Setting) -> dict[str, Choice]:
     elif anatomy:
         targets = anatomy.targets.lora_kwargs(quantized=setting.method.quantized)
         why = f"every linear layer of the language decoder of this {anatomy.model_type}; no router, tower or lm_head"
+        if anatomy.targets.bypassed:
+            why += f"; left out, since a kernel reads their weights directly: {', '.join(anatomy.targets.bypassed)}"
     else:
         targets = {"target_modules": DEFAULT_TARGET_PATTERN}
         why = (
@@ -260,7 +262,7 @@ def _sft(setting: Setting) -> dict[str, Choice]:
         "packing": Choice(
             False,
             "a batch of 16 means 16 samples, which the learning rate was tuned for; packed, it is 16 full rows and "
-            "a small set gives few steps. Set packing=True for many short samples: it is exact with sdpa under SFTTrainer",
+            "a small set gives few steps. For many short samples set packing=True: under SFTTrainer it is exact with sdpa",
             "TRL, Reducing Memory Usage",
         ),
     }

@@ -1,0 +1,77 @@
+"""Rows of the GPU matrix -> Markdown, each preset beside TRL's defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def render(rows: Sequence[Row]) -> str:
+    """The tables, with the machine and the versions that the rows name.
+
+    >>> print(render([]))
+    No rows yet: run `make gpu` on a machine with a CUDA device.
+    """
+    if not rows:
+        return "No rows yet: run `make gpu` on a machine with a CUDA device."
+    parts = ["# GPU matrix", *sorted({_provenance(row) for row in rows}), _presets(rows)]
+    if failed := [row for row in rows if row["status"] not in ("ok", "oom")]:
+        parts.append("## Failed\n\n" + "\n".join(f"- `{r['key']}`: {r['status']}: {r['error'][:300]}" for r in failed))
+    return "\n\n".join(parts)
+
+
+def _provenance(row: Row) -> str:
+    machine, versions = row["machine"], {name: found for name, found in row["versions"].items() if found}
+    device = f"{machine['gpu']}, driver {machine.get('driver')}" if machine["gpu"] else machine["cpu"]
+    return f"{device}; {row['date'][:10]}; " + ", ".join(f"{name} {found}" for name, found in versions.items())
+
+
+def _presets(rows: Iterable[Row]) -> str:
+    pairs: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        s = row["settings"]
+        if s.get("group") == "presets":
+            pairs.setdefault((s["model"], s["preset"], s["micro_batch"], s["length"]), {})[s["by"]] = row
+    head = ["model", "preset", "rows x tokens", "tokens/s", "TRL", "ratio", "step, s", "TRL"]
+    head += ["allocated, GiB", "TRL", "ratio", "reserved, GiB", "TRL", "process, GiB", "TRL", "trained, M", "TRL"]
+    lines = [_line(head), _line(["---"] * 3 + ["---:"] * (len(head) - 3))]
+    for (model, preset, micro, length), pair in sorted(pairs.items(), key=lambda item: item[0][0]):
+        mine, theirs = pair.get("forge"), pair.get("trl")
+        cells = [model, preset, f"{micro} x {length}"]
+        for name, ratio in (("tokens_per_s", True), ("step_s", False), ("max_allocated_gb", True)):
+            cells += [_value(mine, name), _value(theirs, name)]
+            cells += [_ratio(mine, theirs, name)] if ratio else []
+        for name in ("max_reserved_gb", "nvml_process_gb", "trainable_parameters"):
+            cells += [_value(mine, name), _value(theirs, name)]
+        lines.append(_line(cells))
+    note = (
+        "Ratio is preset : TRL. Both run the same rows and lengths, but not the same work: TRL loads fp32, and PEFT's "
+        "default trains q and v at rank 8 where the presets train every linear layer at 16 (last columns)."
+    )
+    return "\n".join(["## Presets against TRL's defaults\n", *lines, "", note])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _value(row: Row | None, name: str) -> str:
+    if row is None:
+        return ""
+    if row["status"] != "ok":
+        return {"oom": "out of memory"}.get(row["status"], row["status"])
+    value = row["result"][name]
+    if value is None:
+        return "n/a"
+    if name == "trainable_parameters":
+        return f"{value / 1e6:,.3g}" if value < 1e9 else f"{value / 1e6:,.0f}"
+    return f"{value:,.0f}" if name == "tokens_per_s" else f"{value:.3g}" if name == "step_s" else f"{value:.2f}"
+
+
+def _ratio(mine: Row | None, theirs: Row | None, name: str) -> str:
+    if not (mine and theirs and mine["status"] == theirs["status"] == "ok"):
+        return ""
+    a, b = mine["result"][name], theirs["result"][name]
+    return f"{a / b:.2f}" if a is not None and b else "n/a"
