@@ -17,17 +17,15 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes"
 
 def versions() -> dict[str, str | None]:
     """Of Python, of the packages that matter, and of forge with its commit."""
-    found: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "forge": forge.__version__,
-        "commit": _commit(),
-    }
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    own = {"python": platform.python_version(), "forge": forge.__version__, "commit": _commit()}
+    return own | {package: _installed(package) for package in PACKAGES}
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

@@ -104,3 +104,15 @@ def test_real_encoder(minilm):
     from transformers import AutoModel
 
     assert AutoModel.from_pretrained(minilm).config.num_hidden_layers == 6
+
+
+def test_real_tokenizer(smollm2):
+    """The ids of the published tokenizer, whichever transformers wrote the cache."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    assert len(tokenizer) == 49152
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
+    assert tokenizer("<|im_start|>user\nHello<|im_end|>\n").input_ids == [1, 4093, 198, 19556, 2, 198]
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    assert prompt.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")

@@ -152,7 +152,7 @@ def _convert_smollm2(source: Path, target: Path) -> None:
             "Converting SmolLM2's weights needs the package gguf: pip install 'transformers-forge[assets]'"
         ) from error
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from .compat import dense_gguf_kwargs
 
@@ -166,7 +166,10 @@ def _convert_smollm2(source: Path, target: Path) -> None:
     model.config.__dict__.pop("quantization_config", None)
     model.config.dtype = torch.bfloat16
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(target)
+    # AutoTokenizer takes a Llama GGUF for Code Llama's in transformers 5.0 to 5.5: five ids too many, another end token.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source, gguf_file=name)
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    tokenizer.save_pretrained(target)
 
 
 def _convert_chitchat(source: Path, target: Path) -> None:
