@@ -15,20 +15,9 @@ from forge.errors import UnsupportedError
 from forge.models import DEFAULT_TARGET_PATTERN, LoraTargets, ModelAnatomy, decoder_layers, read_anatomy
 from support.families import FAMILIES, NUM_LAYERS, VOCAB_SIZE, tiny_config, tiny_model
 from support.models import nf4_model
-from support.upstream import ALLOWED, Upstream
+from support.upstream import ALLOWED
 from support.warnings import WarningRecorder
 
-ALLOWED_HERE = (
-    *ALLOWED,
-    Upstream(
-        pattern=r"Unsupported layer type '<class 'transformers\.models\.",
-        library="peft",
-        version="0.18.0",
-        seen_on="2026-11-22",
-        reason="before 0.19 its wrapper of a parameter asked the module around it for in_features",
-        category="UserWarning",
-    ),
-)
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 MLP = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 FALCON = ["self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
@@ -93,7 +82,7 @@ def adapt(model: Any, lora_kwargs: dict[str, Any]) -> Any:
     """`get_peft_model`, allowing no warning but upstream's own."""
     from peft import LoraConfig, get_peft_model
 
-    with WarningRecorder(ALLOWED_HERE) as recorder:
+    with WarningRecorder(ALLOWED) as recorder:
         wrapped = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, **lora_kwargs))
     recorder.assert_clean()
     return wrapped
@@ -168,7 +157,7 @@ def test_adapters_survive_saving_and_loading(family, tmp_path):
     wrapped.eval()
     before = logits_and_backward(wrapped)
     wrapped.save_pretrained(tmp_path)
-    with WarningRecorder(ALLOWED_HERE) as recorder:
+    with WarningRecorder(ALLOWED) as recorder:
         loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path, is_trainable=True).eval()
     recorder.assert_clean()
     assert adapted_names(loaded) == expected_names(family)
