@@ -166,7 +166,7 @@ def _convert_smollm2(source: Path, target: Path) -> None:
     model.config.__dict__.pop("quantization_config", None)
     model.config.dtype = torch.bfloat16
     model.save_pretrained(target)
-    # AutoTokenizer takes a Llama GGUF for Code Llama's in transformers 5.0 to 5.5: five ids too many, another end token.
+    # In transformers 5.0 to 5.5 AutoTokenizer takes a Llama GGUF for Code Llama: five ids too many, another end token.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source, gguf_file=name)
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     tokenizer.save_pretrained(target)

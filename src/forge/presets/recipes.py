@@ -262,7 +262,8 @@ def _sft(setting: Setting) -> dict[str, Choice]:
         "packing": Choice(
             False,
             "a batch of 16 means 16 samples, which the learning rate was tuned for; packed, it is 16 full rows and "
-            "a small set gives few steps. For many short samples set packing=True: under SFTTrainer sdpa keeps them apart",
+            "a small set gives few steps. For many short samples set packing=True: under SFTTrainer, sdpa keeps them "
+            "apart",
             "TRL, Reducing Memory Usage",
         ),
     }
