@@ -55,3 +55,25 @@ def test_lora_can_adapt_agrees_with_peft(config_class):
         else:
             with pytest.raises(ValueError, match="incompatible with Mamba"):
                 get_peft_model(model, LoraConfig(target_modules=["out_proj"]))
+
+
+def test_checkpointing_names_are_those_of_the_installed_arguments():
+    from transformers import TrainingArguments
+
+    for value in (True, False):
+        kwargs = compat.checkpointing_names({"activation_checkpointing": value, "learning_rate": 1e-4})
+        with WarningRecorder() as recorder:
+            args = TrainingArguments(use_cpu=True, **kwargs)
+        recorder.assert_clean()
+        assert args.gradient_checkpointing is value  # the old name is readable in every version
+        assert args.learning_rate == 1e-4
+
+
+def test_dense_gguf_kwargs_are_known_to_the_installed_transformers(smollm2):
+    """The conversion itself ran if the asset is there; its weights must be plain ones."""
+    from safetensors import safe_open
+
+    assert set(compat.dense_gguf_kwargs()) <= {"quantization_config"}
+    with safe_open(smollm2 / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype.itemsize for name in list(file.keys())[:20]} == {2}
+        assert file.get_slice("model.layers.0.self_attn.q_proj.weight").get_shape() == [576, 576]
