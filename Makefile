@@ -5,7 +5,7 @@ LOCK := constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup assets demo test test-long test-lowest check bench gpu gpu-report clean
+.PHONY: setup assets demo test test-long test-lowest check bench gpu gpu-report docs clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,10 @@ gpu: $(STAMP)  ## the GPU matrix, cell by cell; resumes (benchmarks/README.md)
 
 gpu-report: $(STAMP)  ## its table, from the rows
 	$(BIN)/python -m benchmarks.gpu report
+
+docs: $(STAMP)  ## the documentation site -> site/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(LOCK) -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) .venv-lowest build dist *.egg-info
