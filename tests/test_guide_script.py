@@ -1,7 +1,8 @@
 """The guide's script, step for step, on real weights with the plain Trainer.
 
 The only edits to it: the imports, `processing_class`, the data collator, the padding token (the guide's `pad = eos`
-would mask every end of turn), and `hardware="cpu"`, so that the test does the same on every machine. EMA, monitoring
+would mask every end of turn), `hardware="cpu"`, so that the test does the same on every machine, and the length: the
+guide pads every row to 2,048 tokens, which takes many minutes on a CPU and is done in the long tests. EMA, monitoring
 and freezing join as their parts land.
 """
 
@@ -16,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLan
 from forge import get_preset
 
 
+@pytest.mark.parametrize("max_length", [128, pytest.param(2048, marks=pytest.mark.long)])
 @pytest.mark.usefixtures("no_foreign_warnings")
-def test_train_with_forge(smollm2, conversations, tmp_path, capsys):
+def test_train_with_forge(smollm2, conversations, tmp_path, capsys, max_length):
     model_name, output_dir = str(smollm2), tmp_path / "output"
     files = write_dataset(tmp_path, conversations)
 
@@ -41,7 +43,7 @@ def test_train_with_forge(smollm2, conversations, tmp_path, capsys):
     dataset = load_dataset("json", data_files=files)
 
     def tokenize(example):
-        return tokenizer(example["text"], truncation=True, max_length=2048, padding="max_length")
+        return tokenizer(example["text"], truncation=True, max_length=max_length, padding="max_length")
 
     dataset = dataset.map(tokenize, batched=True, remove_columns=["text"])
 

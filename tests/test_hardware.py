@@ -61,9 +61,15 @@ def test_a_profile_above_this_gpu_is_missing_here(gpu):
         get_preset("lora", hardware="hopper").get_training_args()
 
 
-@pytest.mark.parametrize("name", ["hoper", "", "H100", 9])
+@pytest.mark.parametrize("name", ["hoper", "", "gpu", 9])
 def test_unknown_profiles(name):
     with pytest.raises(UnknownNameError, match="Unknown hardware"):
+        Hardware.named(name)
+
+
+@pytest.mark.parametrize(("name", "profile"), [("T4", "turing"), ("RTX 4090", "ampere"), ("h100", "hopper")])
+def test_a_gpu_s_name_tells_its_profile(name, profile):
+    with pytest.raises(UnknownNameError, match=f'called "{profile}"'):
         Hardware.named(name)
 
 

@@ -45,6 +45,8 @@ class Hardware:
         try:
             return PROFILES[name]
         except (KeyError, TypeError):
+            if profile := _CALLED.get(str(name).lower()):
+                raise UnknownNameError(f'Unknown hardware {name!r}. Its profile is called "{profile}".') from None
             raise UnknownNameError.among("hardware", str(name), PROFILES) from None
 
     @classmethod
@@ -135,3 +137,10 @@ PROFILES: dict[str, Hardware] = {
         ),
     )
 }
+
+_CALLED = {
+    **dict.fromkeys(("v100", "t4", "volta", "rtx 2080 ti"), "turing"),
+    **dict.fromkeys(("a100", "a10", "a40", "l4", "l40", "l40s", "ada", "rtx 3090", "rtx 4090"), "ampere"),
+    **dict.fromkeys(("h100", "h200", "gh200", "b100", "b200", "blackwell", "rtx 5090"), "hopper"),
+}
+"""What people call their GPUs, and the profile that covers them."""

@@ -29,6 +29,9 @@ ACCEPTED = [
     ("sft", {}, "turing", ("fp16", "float32", "fp16")),
     ("sft", {"use_peft": True}, "hopper", ("bf16", "bfloat16", "bf16")),
     ("dpo", {"use_peft": False}, "hopper", ("bf16", "float32", "bf16")),
+    ("lora", {"dtype": "float16"}, "ampere", ("fp16", "float16", "fp16")),
+    ("lora", {"dtype": torch.float32}, "ampere", ("fp32", "float32", None)),
+    ("qlora", {"dtype": "bfloat16"}, "hopper", ("nf4", "bfloat16", "bf16")),
 ]
 
 
@@ -66,7 +69,18 @@ def test_number_formats(name, overrides, hardware, expected):
         ("qlora", {"bf16": True}, "turing", "bf16 on hardware 'turing'"),
         ("lora", {"precision": "fp16"}, "cpu", "only on a GPU"),
         ("sft", {"precision": "nf4"}, "ampere", "get_preset\\('qlora'\\)"),
-        ("qlora", {"use_peft": False}, "ampere", "quantised weights cannot be"),
+        ("qlora", {"use_peft": False}, "ampere", "quantised as 'nf4' cannot be trained"),
+        ("lora", {"precision": "bf16", "dtype": "float32"}, "ampere", "precision='bf16' and dtype='float32'"),
+        ("lora", {"dtype": "float16"}, "cpu", "only on a GPU"),
+        ("lora", {"bnb_4bit_compute_dtype": "float16"}, "ampere", "nothing would read it.*precision='nf4'"),
+        ("sft", {"llm_int8_threshold": 3.0}, "ampere", "nothing would read it.*precision='int8'"),
+        ("qlora", {"precision": "int8", "bnb_4bit_use_double_quant": True}, "ampere", "nothing would read it"),
+        ("lora", {"tf32": True}, "cpu", "tf32=True on hardware 'cpu'"),
+        ("lora", {"tf32": True}, "turing", "no TF32"),
+        ("lora", {"use_cpu": True}, "ampere", 'hardware="cpu"'),
+        ("lora", {"use_cpu": False}, "cpu", "the profile of your GPU"),
+        ("lora", {"optim": "paged_adamw_8bit"}, "cpu", "CUDA only"),
+        ("lora", {"packing": True, "max_length": None}, "cpu", "the length that rows are packed to"),
         ("sft", {"lora_r": 8}, "cpu", "there is no adapter"),
         ("dpo", {"use_peft": False, "target_modules": ["q_proj"]}, "cpu", "there is no adapter"),
     ],
@@ -87,10 +101,27 @@ def test_a_live_quantised_model_decides_the_precision(tmp_path):
     model = nf4_model(tmp_path)
     assert get_preset("dpo", hardware="cpu", model=model).choices["precision"].value == "nf4"
     assert get_preset("lora", hardware="cpu", model=model).get_bnb_config().load_in_4bit
-    with pytest.raises(ConflictError, match="already quantised as 'nf4'"):
-        get_preset("qlora", hardware="cpu", model=model, precision="int8")
-    with pytest.raises(ConflictError, match="quantised weights cannot be"):
+    for precision in ("int8", "bf16", "fp32"):
+        with pytest.raises(ConflictError, match="already quantised as 'nf4'"):
+            get_preset("qlora", hardware="cpu", model=model, precision=precision)
+    with pytest.raises(ConflictError, match="Start from a model with 16-bit weights"):
+        get_preset("lora", hardware="cpu", model=model, init_lora_weights="pissa")
+    assert "quantization_config" not in get_preset("lora", hardware="cpu", model=model).model_kwargs()
+    with pytest.raises(ConflictError, match="quantised as 'nf4' cannot be trained"):
         get_preset("sft", hardware="cpu", model=model)
+
+
+def test_a_checkpoint_that_another_method_quantised(tiny_config):
+    config = tiny_config("llama")
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    preset = get_preset("lora", hardware="hopper", model=config)
+    assert preset.get_bnb_config() is None
+    with pytest.raises(ConflictError, match="quantised as 'gptq' cannot be trained"):
+        get_preset("sft", hardware="hopper", model=config)
+    with pytest.raises(ConflictError, match="already quantised as 'gptq'"):
+        get_preset("qlora", hardware="hopper", model=config)
+    with pytest.raises(ConflictError, match="init_lora_weights"):
+        get_preset("lora", hardware="hopper", model=config, init_lora_weights="pissa")
 
 
 def test_an_mxfp4_checkpoint_is_unpacked_for_training(tiny_config):

@@ -8,7 +8,7 @@ from forge.presets.names import GONE, fields_by_object, owners
     ("typed", "nearest"),
     [
         ("learning_rat", "learning_rate"),
-        ("lora_rank", "lora_r"),
+        ("lora_alfa", "lora_alpha"),
         ("num_epochs", "num_train_epochs"),
         ("target_module", "target_modules"),
         ("use_rs_lora", "use_rslora"),
@@ -29,8 +29,8 @@ def test_names_of_the_past_say_what_to_type_instead(name):
         get_preset("qlora", hardware="cpu", **{name: 1})
     assert f"Use {GONE[name]}" in str(caught.value)
     remedy = GONE[name].partition(" ")[0].partition("=")[0].rstrip(",:")
-    if remedy not in ("nothing", "output_dir", "the"):
-        assert owners(remedy) or remedy in ("lora_r",)
+    if remedy not in ("nothing", "the", "precision", "from_pretrained's", "LoraConfig's"):
+        assert owners(remedy), "the remedy must be a name that exists"
 
 
 def test_unknown_presets_and_profiles_name_the_nearest():
@@ -87,6 +87,14 @@ def test_a_field_that_the_object_has_arrives():
         {"max_length": 0},
         {"beta": -1},
         {"use_peft": "yes"},
+        {"bf16": None},
+        {"bf16": "false"},
+        {"load_in_4bit": "false"},
+        {"use_rslora": "no"},
+        {"packing": "yes"},
+        {"max_steps": "10"},
+        {"dtype": "bf16"},
+        {"dtype": "load"},
     ],
 )
 def test_values_that_no_trainer_could_use_are_refused(override):
@@ -103,4 +111,5 @@ def test_no_field_name_belongs_to_two_kinds_of_object():
     assert not training & known["LoraConfig"]
     assert not training & known["BitsAndBytesConfig"]
     assert not known["LoraConfig"] & known["BitsAndBytesConfig"]
-    assert not (training | known["LoraConfig"]) & known["from_pretrained"]
+    # These two mean the same model everywhere, and go everywhere.
+    assert (training | known["LoraConfig"]) & known["from_pretrained"] <= {"revision", "trust_remote_code"}

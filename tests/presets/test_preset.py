@@ -212,7 +212,9 @@ def test_a_saved_preset_keeps_its_values_when_the_recipe_changes(tmp_path):
     assert Preset.load(path).get_sft_config().learning_rate == 3e-4
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"learning_rate": 1}', '{"forge_preset": 99}', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"learning_rate": 1}', '{"forge_preset": 99}', '{"forge_preset": 1}', "\x00"]
+)
 def test_loading_something_else(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ForgeError, match=r"x\.json"):
@@ -236,3 +238,74 @@ def test_a_named_profile_needs_no_torch():
 def test_public_names():
     assert set(forge.__all__) <= set(dir(forge))
     assert all(getattr(forge, name) for name in forge.__all__)
+
+
+def test_a_preset_does_not_change_behind_its_back():
+    targets = ["q_proj"]
+    preset = get_preset("lora", hardware="ampere", target_modules=targets, modules_to_save=["lm_head"])
+    targets.append("zzz")
+    config = preset.get_lora_config()
+    config.modules_to_save.append("X")
+    config.target_modules.add("Y")
+    preset.model_kwargs()["device_map"]["x"] = 1
+    assert preset.get_lora_config().modules_to_save == ["lm_head"]
+    assert preset.get_lora_config().target_modules == {"q_proj"}
+    assert preset.model_kwargs()["device_map"] == {"": 0}
+
+
+def test_the_users_values_do_not_carry_our_sources():
+    preset = get_preset("lora", hardware="cpu", learning_rate=3e-3, lora_r=8, effective_batch_size=64)
+    for name in ("learning_rate", "lora_r", "effective_batch_size"):
+        answer = preset.explain(name)
+        assert answer.overridden
+        assert not answer.source
+        assert answer.reason.startswith("set by you")
+    assert not get_preset("lora", hardware="cpu", precision="bf16").explain("precision").hardware_rule
+
+
+def test_full_fine_tuning_says_what_its_precision_is_of():
+    preset = get_preset("sft", hardware="hopper")
+    assert "the weights themselves are fp32" in preset.explain("precision").reason
+    assert preset.model_kwargs()["dtype"] is torch.float32
+
+
+def test_defaults_are_those_of_the_objective():
+    assert get_preset("dpo", hardware="cpu").explain("loss_type").value == ["sigmoid"]
+    assert get_preset("lora", hardware="cpu").explain("loss_type").value == "nll"
+    assert "in SFTConfig only" in get_preset("dpo", hardware="cpu").explain("eval_packing").reason
+
+
+def test_replace():
+    preset = get_preset("lora", hardware="cpu", per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    assert preset.replace(effective_batch_size=32).choices["gradient_accumulation_steps"].value == 8
+    assert preset.replace(gradient_accumulation_steps=None).choices["gradient_accumulation_steps"].value == 4
+    with pytest.warns(ForgeWarning, match="run away"):
+        get_preset("dpo", hardware="cpu").replace(learning_rate=1e-3)
+    with pytest.raises(UnknownNameError, match="build the preset anew"):
+        preset.replace(hardware="hopper")
+
+
+def test_embeddings_that_are_shared_stay_shared():
+    tied, untied = (LlamaConfig(num_hidden_layers=1, tie_word_embeddings=tie) for tie in (True, False))
+    save = {"modules_to_save": ["lm_head", "embed_tokens"]}
+    assert get_preset("lora", hardware="cpu", model=tied, **save).get_lora_config().ensure_weight_tying
+    assert not get_preset("lora", hardware="cpu", model=untied, **save).get_lora_config().ensure_weight_tying
+
+
+def test_a_profile_of_ones_own_cannot_be_saved(tmp_path):
+    from dataclasses import replace
+
+    from forge import Hardware
+
+    mine = replace(Hardware.named("ampere"), attn_implementation="eager")
+    preset = get_preset("lora", hardware=mine)
+    assert preset.model_kwargs()["attn_implementation"] == "eager"
+    with pytest.raises(ForgeError, match="a profile of your own"):
+        preset.save(tmp_path / "preset.json")
+
+
+def test_the_revision_and_remote_code_go_where_the_model_is_loaded():
+    preset = get_preset("lora", hardware="cpu", revision="abc", trust_remote_code=True)
+    assert preset.model_kwargs()["revision"] == "abc"
+    assert preset.model_kwargs()["trust_remote_code"] is True
+    preset.get_training_args()

@@ -8,8 +8,8 @@ anatomy.py   all of it as one JSON-serialisable value, from a live model, a conf
 
 from __future__ import annotations
 
-from forge.models.anatomy import ModelAnatomy, read_anatomy
-from forge.models.layers import decoder_layers
-from forge.models.targets import DEFAULT_TARGET_PATTERN, LoraTargets
+from .anatomy import ModelAnatomy, read_anatomy
+from .layers import decoder_layers
+from .targets import DEFAULT_TARGET_PATTERN, LoraTargets
 
 __all__ = ["DEFAULT_TARGET_PATTERN", "LoraTargets", "ModelAnatomy", "decoder_layers", "read_anatomy"]

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from os import PathLike, fspath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forge.errors import UnsupportedError
-from forge.models.experts import find_experts
-from forge.models.layers import (
+from ..errors import ForgeError, UnsupportedError
+from .experts import find_experts, is_linear
+from .layers import (
     decoder_layers_path,
     name_in_layer,
     named_base_modules,
-    refuse_encoder_decoder,
+    refuse_other_architectures,
     text_attribute,
     unwrap,
 )
-from forge.models.targets import LoraTargets, find_targets
+from .targets import LoraTargets, find_targets
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,6 +46,8 @@ class ModelAnatomy:
         tied_word_embeddings: whether lm_head and the input embeddings are one parameter.
         is_moe: whether it has experts.
         quantization: "nf4", "fp4", "int8", another method's name ("mxfp4", "gptq"), or None.
+        linear_layers: names of all linear layers of the model, towers and lm_head included, "*" for a number.
+        supports_sdpa: whether transformers has `scaled_dot_product_attention` for it.
     """
 
     model_type: str
@@ -59,6 +63,8 @@ class ModelAnatomy:
     tied_word_embeddings: bool
     is_moe: bool
     quantization: str | None
+    linear_layers: tuple[str, ...]
+    supports_sdpa: bool
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold; `from_dict` reads it back."""
@@ -72,7 +78,9 @@ class ModelAnatomy:
         return cls(**known)
 
 
-def read_anatomy(model: PreTrainedModel | PeftModel | PreTrainedConfig | str | PathLike[str]) -> ModelAnatomy:
+def read_anatomy(
+    model: PreTrainedModel | PeftModel | PreTrainedConfig | str | PathLike[str], **config_kwargs: Any
+) -> ModelAnatomy:
     """Read a model's anatomy; from a config or an id, without its weights.
 
     >>> from transformers import LlamaConfig
@@ -83,16 +91,19 @@ def read_anatomy(model: PreTrainedModel | PeftModel | PreTrainedConfig | str | P
 
     Args:
         model: a live model (plain, quantised, on meta, or wrapped by PEFT), a config, a hub id or a local folder.
+        **config_kwargs: for `AutoConfig.from_pretrained` (`revision`, `trust_remote_code`) with an id or a folder.
 
     Raises:
-        UnsupportedError: for an encoder-decoder model, one that transformers has no class for, and one in which
-            LoRA finds nothing to adapt.
+        UnsupportedError: for an encoder, an encoder-decoder model, one that transformers has no class for, and one in
+            which LoRA finds nothing to adapt.
+        ForgeError: for a folder that is not there, or holds an adapter.
     """
     from torch import nn
     from transformers import AutoConfig, PreTrainedConfig
 
     if isinstance(model, (str, PathLike)):
-        model = AutoConfig.from_pretrained(fspath(model))
+        _refuse_other_folders(fspath(model))
+        model = AutoConfig.from_pretrained(fspath(model), **config_kwargs)
     live = _on_meta(model) if isinstance(model, PreTrainedConfig) else model
     if not isinstance(live, nn.Module) or not hasattr(unwrap(live), "config"):
         raise UnsupportedError(
@@ -124,7 +135,31 @@ def _read(model: nn.Module, *, quantization_source: Any) -> ModelAnatomy:
         tied_word_embeddings=head is not None and head.weight is embeddings.weight,
         is_moe=bool(experts.routers),
         quantization=_quantization(getattr(quantization_source, "config", quantization_source)),
+        linear_layers=tuple(dict.fromkeys(numberless(name) for name, module in modules.items() if is_linear(module))),
+        supports_sdpa=bool(getattr(base, "_supports_sdpa", True)),
     )
+
+
+def numberless(name: str) -> str:
+    """The name with "*" for every number in it, which is the same in all layers.
+
+    >>> numberless("model.layers.11.mlp.experts.3.w1")
+    'model.layers.*.mlp.experts.*.w1'
+    """
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _refuse_other_folders(name: str) -> None:
+    """Refuse what `from_pretrained` would take for a hub id, or not know what to do with."""
+    folder = Path(name)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ForgeError(f"{folder} holds an adapter, not a model. Pass the model that it belongs to: {base!r}.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ForgeError(f"{folder} has no config.json. Pass the folder that save_pretrained wrote, or a hub id.")
+    # A hub id is "name" or "owner/name".
+    if not folder.exists() and (name.startswith(("/", "~", ".")) or len(folder.parts) > 2):
+        raise ForgeError(f"There is no folder {folder}. Pass one that save_pretrained wrote, or a hub id.")
 
 
 def _on_meta(config: PreTrainedConfig) -> nn.Module:
@@ -132,7 +167,7 @@ def _on_meta(config: PreTrainedConfig) -> nn.Module:
     import torch
     import transformers
 
-    refuse_encoder_decoder(config)
+    refuse_other_architectures(config)
     config = copy.deepcopy(config)  # building a model writes into its config
     config._attn_implementation = "eager"  # the shapes are the same, and flash attention need not be installed
     by_name = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ()]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from forge.models.layers import base_modules_below
+from .layers import base_modules_below
 
 if TYPE_CHECKING:
     from torch import nn

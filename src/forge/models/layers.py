@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from forge.errors import UnsupportedError
+from ..errors import UnsupportedError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,7 +72,7 @@ def decoder_layers_path(model: nn.Module) -> str:
 
     config: Any = getattr(unwrap(model), "config", None)
     model_type = getattr(config, "model_type", type(unwrap(model)).__name__)
-    refuse_encoder_decoder(config)
+    refuse_other_architectures(config)
     modules = named_base_modules(model)
     depth = text_attribute(config, "num_hidden_layers")
     lists = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList) and len(module) > 0}
@@ -94,12 +94,20 @@ def decoder_layers_path(model: nn.Module) -> str:
     )
 
 
-def refuse_encoder_decoder(config: Any) -> None:
+def refuse_other_architectures(config: Any) -> None:
     """Raise for a model that is not a decoder alone."""
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(
             f"{config.model_type!r} is an encoder-decoder model; forge fine-tunes decoder-only language models "
             "(and the language decoder of multimodal ones). Choose a causal language model."
+        )
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    # BERT and its heirs can be made decoders by this switch, and are encoders as they are published.
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise UnsupportedError(
+            f"{config.model_type!r} is an encoder (is_decoder=False); forge fine-tunes decoder-only language models. "
+            "Choose a causal language model."
         )
 
 

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from forge import compat
-from forge.errors import UnsupportedError
-from forge.models.layers import name_in_layer
+from .. import compat
+from ..errors import UnsupportedError
+from .layers import name_in_layer
 
 if TYPE_CHECKING:
     from torch import nn

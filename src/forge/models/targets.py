@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from forge import compat
-from forge.errors import UnsupportedError
-from forge.models.experts import Experts, is_linear
-from forge.models.layers import name_in_layer, text_attribute
-from forge.models.matching import TargetNamer
+from .. import compat
+from ..errors import UnsupportedError
+from .experts import Experts, is_linear
+from .layers import name_in_layer, text_attribute
+from .matching import TargetNamer
 
 if TYPE_CHECKING:
     from torch import nn

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import compat
@@ -39,7 +40,7 @@ def training_kwargs(kind: str, choices: Choices) -> dict[str, Any]:
         if name not in known and siblings and siblings <= set(TRAINING_OBJECTS):
             remedy = _INSTEAD.get(name, f"leave it out, or build a {' or '.join(sorted(siblings))}")
             raise UnsupportedError(f"{kind} has no field {name!r} (you set {name}={choice.value!r}): {remedy}.")
-    return compat.checkpointing_names({name: choice.value for name, choice in choices.items() if name in known})
+    return compat.checkpointing_names(_values(choices, known))
 
 
 def build_training_args(kind: str, choices: Choices, hardware: Hardware) -> TrainingArguments:
@@ -82,7 +83,7 @@ def build_bnb_config(choices: Choices) -> BitsAndBytesConfig | None:
     import torch
     from transformers import BitsAndBytesConfig
 
-    kwargs = {name: c.value for name, c in choices.items() if name in fields_by_object()["BitsAndBytesConfig"]}
+    kwargs = _values(choices, fields_by_object()["BitsAndBytesConfig"])
     for name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
         if isinstance(kwargs.get(name), str):
             kwargs[name] = getattr(torch, kwargs[name])
@@ -95,7 +96,7 @@ def build_lora_config(choices: Choices) -> LoraConfig | None:
         return None
     from peft import LoraConfig
 
-    kwargs = {name: c.value for name, c in choices.items() if name in fields_by_object()["LoraConfig"]}
+    kwargs = _values(choices, fields_by_object()["LoraConfig"])
     kwargs["r"] = kwargs.pop("lora_r")
     return LoraConfig(**kwargs)
 
@@ -104,14 +105,12 @@ def build_model_kwargs(choices: Choices, hardware: Hardware, anatomy: ModelAnato
     """The arguments for `from_pretrained`."""
     import torch
 
-    dtype = choices["dtype"].value
-    kwargs: dict[str, Any] = {
-        "dtype": getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype,
-        "attn_implementation": choices["attn_implementation"].value,
-    }
-    device_map = choices["device_map"].value
-    kwargs["device_map"] = _this_device(hardware) if device_map == ONE_DEVICE else device_map
-    if (bnb := build_bnb_config(choices)) is not None:
+    kwargs = _values(choices, fields_by_object()["from_pretrained"])
+    kwargs["dtype"] = "auto" if kwargs["dtype"] == "auto" else getattr(torch, kwargs["dtype"])
+    if kwargs["device_map"] == ONE_DEVICE:
+        kwargs["device_map"] = _this_device(hardware)
+    quantized_already = anatomy is not None and anatomy.quantization == choices["precision"].value
+    if not quantized_already and (bnb := build_bnb_config(choices)) is not None:
         kwargs["quantization_config"] = bnb
     elif anatomy and anatomy.quantization == "mxfp4":
         # Packed MXFP4 weights have no backward; gpt-oss is trained from the unpacked ones.
@@ -126,6 +125,11 @@ def _this_device(hardware: Hardware) -> dict[str, str | int] | None:
     if any(os.environ.get(name) == "true" for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")):
         return None
     return {"": int(os.environ.get("LOCAL_RANK", "0")) if hardware.device == "cuda" else "cpu"}
+
+
+def _values(choices: Choices, names: Collection[str]) -> dict[str, Any]:
+    """Copies: what a caller does to the object that it gets must not change the preset."""
+    return {name: copy.deepcopy(choice.value) for name, choice in choices.items() if name in names}
 
 
 def _value(choices: Choices, name: str) -> Any:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import ConflictError, ForgeError, ForgeWarning
+from ..hardware import Hardware
 from .choice import Choice
-from .method import Method
+from .method import QUANTIZED, SIXTEEN_OR_32_BIT, Method
 from .recipes import DPO_LEARNING_RATE_LIMIT
 
 
@@ -24,6 +25,17 @@ def _number(low: float, high: float = float("inf"), *, low_included: bool = Fals
 def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_TRUE_OR_FALSE = (
+    "use_peft", "bf16", "fp16", "tf32", "load_in_4bit", "load_in_8bit", "bnb_4bit_use_double_quant", "use_cpu",
+    "packing", "activation_checkpointing", "use_dora", "use_rslora", "precompute_ref_log_probs",
+)  # fmt: skip
+
+DTYPES = (*SIXTEEN_OR_32_BIT.values(), "auto")
 
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "learning_rate": (
@@ -41,7 +53,13 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or _count(value),
         "a whole number of tokens of at least 1, or None for no limit",
     ),
-    "use_peft": (lambda value: isinstance(value, bool), "True or False"),
+    "max_steps": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number of steps"),
+    "dtype": (lambda value: value in DTYPES, f"one of {', '.join(DTYPES)}"),
+    "bnb_4bit_quant_storage": (
+        lambda value: value in (*DTYPES, "uint8", "int8"),
+        "a dtype that torch knows, such as 'uint8' or 'bfloat16'",
+    ),
+    **dict.fromkeys(_TRUE_OR_FALSE, (_flag, "True or False")),
 }
 
 
@@ -57,21 +75,28 @@ def check_values(overrides: Mapping[str, Any]) -> None:
             raise ForgeError(f"{name}={value!r}: it must be {rule}.")
 
 
-def check_pairs(method: Method, choices: Mapping[str, Choice]) -> None:
-    """Refuse pairs that PEFT or the trainers would refuse later, when the model is loaded.
+def check_pairs(method: Method, hardware: Hardware, choices: Mapping[str, Choice]) -> None:
+    """Refuse pairs that PEFT, bitsandbytes or the trainers would refuse or ignore later, when the model is loaded.
 
     Raises:
         ConflictError: With both values and the remedy.
     """
+    value = {name: choice.value for name, choice in choices.items()}
+    _refuse_unread_quantization(method, choices)
+    _refuse_on_hardware(hardware, value)
+    if value.get("packing") and value.get("max_length", 0) is None:
+        raise ConflictError(
+            "packing=True with max_length=None: max_length is the length that rows are packed to. Set it."
+        )
     if not method.use_peft:
         _refuse_adapter_settings(choices)
         return
-    value = {name: choice.value for name, choice in choices.items()}
     init = value.get("init_lora_weights", True)
     if method.quantized and isinstance(init, str) and init.lower().startswith(_NEEDS_FULL_WEIGHTS):
+        remedy = "Start from a model with 16-bit weights" if method.packed_as else "Use get_preset('lora')"
         raise ConflictError(
-            f"init_lora_weights={init!r} on a {method.precision} base: it is computed from the unquantised weights, "
-            "which are not there. Use precision='bf16', or leave init_lora_weights out."
+            f"init_lora_weights={init!r} on a base quantised as {method.packed_as or method.precision}: it is computed "
+            f"from the unquantised weights, which are not there. {remedy}, or leave init_lora_weights out."
         )
     by_pattern = isinstance(value.get("target_modules"), str)
     if by_pattern and value.get("layers_to_transform") is not None:
@@ -81,6 +106,39 @@ def check_pairs(method: Method, choices: Mapping[str, Choice]) -> None:
         )
     if value.get("target_parameters"):
         _refuse_on_experts(value)
+
+
+def _refuse_unread_quantization(method: Method, choices: Mapping[str, Choice]) -> None:
+    """Settings of bitsandbytes that nothing would read."""
+    for name, choice in choices.items():
+        if not choice.overridden or choice.value is False or not name.startswith(("bnb_4bit_", "llm_int8_")):
+            continue
+        unread = (
+            method.precision not in QUANTIZED
+            or (method.precision == "int8" and name.startswith("bnb_4bit_"))
+            or (method.precision != "int8" and name in ("llm_int8_threshold", "llm_int8_has_fp16_weight"))
+        )
+        if unread:
+            raise ConflictError(
+                f"{name}={choice.value!r} with precision={method.precision!r}: nothing would read it. Leave it out, or "
+                f"set precision={'int8' if 'int8' in name else 'nf4'!r}."
+            )
+
+
+def _refuse_on_hardware(hardware: Hardware, value: Mapping[str, Any]) -> None:
+    """What the profile's device or generation does not have."""
+    if value.get("use_cpu") != (hardware.device == "cpu"):
+        remedy = 'hardware="cpu"' if value.get("use_cpu") else 'hardware="ampere" or the profile of your GPU'
+        raise ConflictError(
+            f"use_cpu={value.get('use_cpu')!r} on hardware {hardware.name!r}, whose formats and optimizer are those of "
+            f"device {hardware.device}: set {remedy} instead."
+        )
+    if value.get("tf32") and not hardware.tf32:
+        raise ConflictError(f"tf32=True on hardware {hardware.name!r}: {hardware.rule}. Leave it out.")
+    if hardware.device == "cpu" and any(part in str(value.get("optim")) for part in ("paged", "8bit", "bnb")):
+        raise ConflictError(
+            f"optim={value['optim']!r} on hardware 'cpu': paged and 8-bit optimizers exist on CUDA only. Leave it out."
+        )
 
 
 # What PEFT cannot do to a parameter that belongs to no layer of its own: (name, values that are fine).

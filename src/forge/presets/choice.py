@@ -27,8 +27,8 @@ class Choice:
     def set_by_user(self, value: Any) -> Choice:
         """This choice with the user's value in its place; the reason keeps what the recipe would have taken."""
         if value == self.value:
-            return replace(self, overridden=True)
-        return Choice(value, f"set by you; the recipe has {self.value!r}: {self.reason}", self.source, overridden=True)
+            return replace(self, reason=f"set by you; {self.reason}", overridden=True)
+        return Choice(value, f"set by you; the recipe has {self.value!r}: {self.reason}", overridden=True)
 
     def __str__(self) -> str:
         lines = [f"{self.value!r}", f"why: {self.reason}"]

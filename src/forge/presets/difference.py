@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from ..reporting import Table
 from .choice import Choice
-from .names import ALIASES
+from .defaults import default_of
+from .names import owners
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,19 @@ def diff_tables(left: str, mine: Mapping[str, Choice], right: str, theirs: Mappi
 
 def trl_defaults(objective: str, mine: Mapping[str, Choice]) -> dict[str, Choice]:
     """What `SFTTrainer("id", peft_config=LoraConfig())` would do about the same names, as installed."""
-    from peft import LoraConfig
-    from trl import DPOConfig, SFTConfig
-
-    found: dict[str, Any] = {"dtype": "float32"}  # TRL loads a checkpoint in fp32 whatever it was saved in
-    for owner in (LoraConfig, DPOConfig if objective == "dpo" else SFTConfig):
-        for field in fields(owner):
-            name = {"r": "lora_r", **ALIASES}.get(field.name, field.name)
-            default = field.default_factory() if field.default_factory is not MISSING else field.default
-            # Where an option stands under its old and its new name, the default is the one that is set.
-            if found.get(name) is None and default is not MISSING:
-                found[name] = default
-    found["bf16"] = True  # SFTConfig and DPOConfig turn None into this
-    found["effective_batch_size"] = found["per_device_train_batch_size"] * mine["world_size"].value
-    found["world_size"] = mine["world_size"].value
-    found["target_modules"] = "PEFT's own list: q and v for most families"
-    plain = {name: getattr(value, "value", value) for name, value in found.items()}
-    return {name: Choice(plain[name], "TRL's default") for name in mine if name in plain}
+    kind = "DPOConfig" if objective == "dpo" else "SFTConfig"
+    found: dict[str, Any] = {}
+    for name in mine:
+        owner = next((owner for owner in (kind, "LoraConfig") if owner in owners(name)), None)
+        if owner:
+            found[name] = default_of(owner, name)
+    world_size = mine["world_size"].value
+    found |= {
+        "dtype": "float32",  # TRL loads a checkpoint in fp32, whatever it was saved in
+        "bf16": True,  # SFTConfig and DPOConfig turn None into this
+        "world_size": world_size,
+        "effective_batch_size": found["per_device_train_batch_size"] * world_size,
+    }
+    if "target_modules" in found:
+        found["target_modules"] = "PEFT's own list: q and v for most families"
+    return {name: Choice(value, "TRL's default") for name, value in found.items() if name in mine}

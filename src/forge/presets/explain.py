@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnknownNameError
 from ..reporting import Table
 from .choice import Explanation
+from .defaults import default_of
 from .method import PRESETS
 from .names import ALIASES, OWN_NAMES, TRAINING_OBJECTS, canonical, fields_by_object, owners
 
@@ -43,22 +44,12 @@ def _left_alone(preset: Preset, name: str) -> Explanation:
         return Explanation(None, "all weights are trained: there is no adapter", name=name)
     if found == ("BitsAndBytesConfig",) and preset.get_bnb_config() is None:
         return Explanation(None, "the base is not quantised", name=name)
-    return Explanation(_default(found[0], name), f"the default of {found[0]}, which the recipe leaves alone", name=name)
-
-
-def _default(owner: str, name: str) -> Any:
-    import inspect
-
-    import peft
-    import transformers
-    import trl
-
-    cls = next(getattr(module, owner) for module in (transformers, peft, trl) if hasattr(module, owner))
-    if owner == "BitsAndBytesConfig":
-        return inspect.signature(cls.__init__).parameters[name].default
-    old = {new: old for old, new in ALIASES.items()}
-    field = next(f for f in fields(cls) if f.name in (name, old.get(name)))
-    return field.default_factory() if field.default_factory is not MISSING else field.default
+    own, other = ("DPOConfig", "SFTConfig") if preset.objective == "dpo" else ("SFTConfig", "DPOConfig")
+    owner = next((kind for kind in (own, other) if kind in found), found[0])
+    where = f", in {owner} only" if owner == other else ""
+    return Explanation(
+        default_of(owner, name), f"the default of {owner}, which the recipe leaves alone{where}", name=name
+    )
 
 
 def print_info(preset: Preset) -> None:
@@ -94,7 +85,7 @@ def _title(preset: Preset) -> str:
     model = (
         f"{anatomy.name_or_path or anatomy.model_type}, {anatomy.num_parameters / 1e9:.3g}B parameters"
         if anatomy
-        else "no model given: LoRA targets by pattern"
+        else f"no model given{': LoRA targets by pattern' if preset.choices['use_peft'].value else ''}"
     )
     return f"{preset.name}: {PRESETS[preset.name]}\n{model}; hardware {preset.hardware.name}"
 

@@ -11,6 +11,7 @@ from ..hardware import Hardware
 from ..models import ModelAnatomy
 
 Objective = Literal["sft", "dpo"]
+OBJECTIVES: tuple[Objective, Objective] = ("sft", "dpo")
 
 SIXTEEN_OR_32_BIT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 QUANTIZED = ("nf4", "fp4", "int8")
@@ -33,6 +34,7 @@ class Method:
         precision: of the base weights: "nf4", "fp4", "int8", "bf16", "fp16" or "fp32".
         compute_dtype: of the matrix products, by torch's name.
         autocast: the Trainer's mixed precision, "bf16", "fp16" or None.
+        packed_as: the format that the model came quantised in, None for one that is not (yet).
     """
 
     objective: Objective
@@ -40,11 +42,12 @@ class Method:
     precision: str
     compute_dtype: str
     autocast: str | None
+    packed_as: str | None = None
 
     @property
     def quantized(self) -> bool:
-        """Whether bitsandbytes quantises the base."""
-        return self.precision in QUANTIZED
+        """Whether the base's weights are packed, by bitsandbytes now or by whoever made the checkpoint."""
+        return self.precision in QUANTIZED or self.packed_as is not None
 
 
 def resolve_method(
@@ -60,18 +63,25 @@ def resolve_method(
     _refuse_two_widths(overrides)
     precision = _precision(name, overrides, hardware, anatomy)
     loaded_as = anatomy.quantization if anatomy else None
+    # MXFP4 has no backward and is unpacked to 16 bits when it is loaded; every other format stays as it is.
+    packed_as = None if loaded_as == "mxfp4" else loaded_as
     if loaded_as and precision in QUANTIZED and precision != loaded_as:
         raise ConflictError(
             f"precision={precision!r}, but the model is already quantised as {loaded_as!r} and cannot be quantised "
             "again. Start from its 16-bit weights, or take get_preset('lora') on it as it stands."
         )
-    if (precision in QUANTIZED or loaded_as in QUANTIZED) and not use_peft:
+    if packed_as in QUANTIZED and precision != packed_as:
         raise ConflictError(
-            f"precision={precision!r} with all weights trained: quantised weights cannot be. "
-            "Take get_preset('qlora') for adapters on them, or precision='bf16'."
+            f"precision={precision!r}, but the model's weights are already quantised as {packed_as!r}: what was lost "
+            "does not come back. Start from its 16-bit weights, or leave precision out."
+        )
+    if (packed_as or precision in QUANTIZED) and not use_peft:
+        raise ConflictError(
+            f"All weights of a base quantised as {packed_as or precision!r} cannot be trained. Take "
+            "get_preset('qlora') for adapters on it, or start from 16-bit weights."
         )
     compute_dtype, autocast = _arithmetic(precision, overrides, hardware)
-    return Method(objective, use_peft, precision, compute_dtype, autocast)
+    return Method(objective, use_peft, precision, compute_dtype, autocast, packed_as)
 
 
 def _refuse_two_widths(overrides: Mapping[str, Any]) -> None:
@@ -85,7 +95,9 @@ def _precision(name: str, overrides: Mapping[str, Any], hardware: Hardware, anat
     said = overrides.get("precision")
     if said is not None and said not in PRECISIONS:
         raise UnknownNameError.among("precision", str(said), PRECISIONS)
-    implied, because = _implied_precision(overrides)
+    plain_base = name != "qlora" and said not in QUANTIZED and not (anatomy and anatomy.quantization)
+    loads_it = plain_base and overrides.get("use_peft", name != "sft")
+    implied, because = _implied_precision(overrides, dtype=overrides.get("dtype") if loads_it else None)
     if said and implied and implied != said and not (implied == "nf4" and said == "fp4" and because == _FOUR_BIT):
         raise ConflictError(f"precision={said!r} and {because} contradict each other: leave one of them out.")
     if found := said or implied or (anatomy and anatomy.quantization in QUANTIZED and anatomy.quantization):
@@ -103,8 +115,14 @@ def _precision(name: str, overrides: Mapping[str, Any], hardware: Hardware, anat
 _FOUR_BIT = "load_in_4bit=True"
 
 
-def _implied_precision(overrides: Mapping[str, Any]) -> tuple[str | None, str]:
-    """The precision that bitsandbytes' own names ask for, and the name that does."""
+def _implied_precision(overrides: Mapping[str, Any], *, dtype: str | None) -> tuple[str | None, str]:
+    """The precision that the libraries' own names ask for, and the name that does.
+
+    Args:
+        overrides: The user's.
+        dtype: What the base is loaded in; None where that is not its precision, as under quantisation or when all
+            weights are trained, which are fp32 whatever computes.
+    """
     quant_type = overrides.get("bnb_4bit_quant_type")
     if quant_type is not None and quant_type not in ("nf4", "fp4"):
         raise UnknownNameError.among("bnb_4bit_quant_type", str(quant_type), ("nf4", "fp4"))
@@ -114,7 +132,10 @@ def _implied_precision(overrides: Mapping[str, Any]) -> tuple[str | None, str]:
         return "int8", "load_in_8bit=True"
     if quant_type:
         return quant_type, f"bnb_4bit_quant_type={quant_type!r}"
-    return ("nf4", _FOUR_BIT) if overrides.get("load_in_4bit") else (None, "")
+    if overrides.get("load_in_4bit"):
+        return "nf4", _FOUR_BIT
+    short = next((short for short, name in SIXTEEN_OR_32_BIT.items() if name == dtype), None)
+    return short, f"dtype={dtype!r}"
 
 
 def _refuse_denied_width(overrides: Mapping[str, Any], precision: str) -> None:

@@ -16,7 +16,7 @@ OWN_NAMES = {
     "effective_batch_size": "sequences per optimizer step, over all processes",
     "world_size": "processes that share an optimizer step",
 }
-MODEL_KWARGS = ("dtype", "attn_implementation", "device_map")
+MODEL_KWARGS = ("dtype", "attn_implementation", "device_map", "revision", "trust_remote_code")
 ALIASES = {
     "r": "lora_r",
     "gradient_checkpointing": "activation_checkpointing",
@@ -44,6 +44,20 @@ GONE = {
     "dropout": "lora_dropout",
     "lora_target_modules": "target_modules",
     "torch_dtype": "dtype",
+    "epoch": "num_train_epochs",
+    "lora_rank": "lora_r",
+    "micro_batch_size": "per_device_train_batch_size",
+    "context_length": "max_length",
+    "max_tokens": "max_length",
+    "warmup": "warmup_steps",
+    "scheduler": "lr_scheduler_type",
+    "neftune": "neftune_noise_alpha",
+    "attn_impl": "attn_implementation",
+    "use_flash_attention_2": 'attn_implementation="flash_attention_2"',
+    "peft_config": "LoraConfig's own fields (lora_r, target_modules, ...)",
+    "quantization_config": "precision, and bitsandbytes' own fields (bnb_4bit_use_double_quant, ...)",
+    "cache_dir": "the environment variable HF_HOME",
+    "max_memory": "from_pretrained's own argument, beside **preset.model_kwargs()",
 }
 """Names that people still type, and what to type instead."""
 

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ForgeError, UnknownNameError
+from ..errors import UnknownNameError
 from ..hardware import Hardware
 from ..models import ModelAnatomy, read_anatomy
 from .checks import check_values, warn_of_dpo_rate
 from .choice import Choice, Explanation
 from .difference import PresetDiff, diff_tables
-from .method import PRESETS, Objective
+from .method import OBJECTIVES, PRESETS, Objective
 from .names import canonical
-from .resolve import resolve
+from .resolve import BATCH_NAMES, resolve
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
     from trl import DPOConfig, SFTConfig
-
-_FILE_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -198,38 +196,34 @@ class Preset:
         return diff_tables(self.name, self.choices, other, plain.choices)
 
     def replace(self, **overrides: Any) -> Preset:
-        """This preset with more overrides; what is not named stays.
+        """This preset with more overrides; what is not named stays, as the installed version of forge has it.
 
         >>> from forge import get_preset
         >>> get_preset("lora", hardware="cpu", lora_r=8).replace(learning_rate=1e-4).overrides
         {'lora_r': 8, 'learning_rate': 0.0001}
         """
+        if wrong := overrides.keys() & {"model", "hardware"}:
+            raise UnknownNameError(
+                f"replace() changes overrides, not {' or '.join(sorted(wrong))}: build the preset anew with get_preset."
+            )
         new = canonical(overrides, frozenset(self.choices))
-        return _build(self.name, self.anatomy, self.hardware, {**self.overrides, **new})
+        merged = {**self.overrides, **new}
+        if "effective_batch_size" in new and "gradient_accumulation_steps" not in new:
+            merged.pop("gradient_accumulation_steps", None)  # it follows from the new batch
+        preset = _build(self.name, self.anatomy, self.hardware, merged)
+        if self.objective == "dpo" and "learning_rate" in new:
+            warn_of_dpo_rate(preset.choices, stacklevel=2)
+        return preset
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the preset as JSON; `Preset.load` reads back an equal one, also under a later version of forge.
 
         Raises:
-            ForgeError: A value that JSON cannot hold.
+            ForgeError: A value that JSON cannot hold, or a hardware profile of your own.
         """
-        record = {
-            "forge_preset": _FILE_FORMAT,
-            "name": self.name,
-            "hardware": self.hardware.name,
-            "anatomy": self.anatomy.to_dict() if self.anatomy else None,
-            "overrides": dict(self.overrides),
-            "tables": {o: {n: asdict(c) for n, c in table.items()} for o, table in self.tables.items()},
-        }
-        try:
-            text = json.dumps(record, indent=2)
-        except TypeError as error:
-            bad = [name for name, value in self.overrides.items() if not _is_json(value)]
-            raise ForgeError(
-                f"The preset cannot be written as JSON: {', '.join(bad)} ({error}). Leave it out and set it on the "
-                "object that the preset gives you."
-            ) from error
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        from .file import write_preset
+
+        write_preset(self, Path(path))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Preset:
@@ -239,20 +233,9 @@ class Preset:
             FileNotFoundError: There is no such file.
             ForgeError: It is not a preset, or one of a later format.
         """
-        try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-            found = record["forge_preset"]
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-            raise ForgeError(f"{path} is not a preset: Preset.load reads what Preset.save wrote.") from None
-        if found != _FILE_FORMAT:
-            raise ForgeError(f"{path} has preset format {found}; this forge reads {_FILE_FORMAT}. Upgrade forge.")
-        return cls(
-            name=record["name"],
-            hardware=Hardware.named(record["hardware"]),
-            anatomy=ModelAnatomy.from_dict(record["anatomy"]) if record["anatomy"] else None,
-            overrides=record["overrides"],
-            tables={o: {n: Choice(**c) for n, c in table.items()} for o, table in record["tables"].items()},
-        )
+        from .file import read_preset
+
+        return read_preset(Path(path))
 
 
 def get_preset(
@@ -284,12 +267,15 @@ def get_preset(
         ConflictError: Values that contradict each other.
         ForgeError: A value that no trainer could use.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise UnknownNameError.among("preset", str(name), PRESETS)
-    machine = (
-        hardware if isinstance(hardware, Hardware) else Hardware.named(hardware) if hardware else Hardware.detect()
-    )
-    anatomy = None if model is None else read_anatomy(model)
+    if hardware is None:
+        machine = Hardware.detect()
+    else:
+        machine = hardware if isinstance(hardware, Hardware) else Hardware.named(hardware)
+    by_name = isinstance(model, (str, PathLike))
+    source = {key: overrides[key] for key in ("revision", "trust_remote_code") if by_name and key in overrides}
+    anatomy = None if model is None else read_anatomy(model, **source)
     plain = _build(name, anatomy, machine, {})
     preset = _build(name, anatomy, machine, canonical(overrides, frozenset(plain.choices))) if overrides else plain
     if name == "dpo":
@@ -307,15 +293,8 @@ def list_presets() -> dict[str, str]:
 
 
 def _build(name: str, anatomy: ModelAnatomy | None, hardware: Hardware, overrides: Mapping[str, Any]) -> Preset:
-    check_values(overrides)
-    objectives: tuple[Objective, Objective] = ("sft", "dpo")
-    tables = {str(o): resolve(name, overrides, hardware, anatomy, objective=o) for o in objectives}
-    return Preset(name, hardware, anatomy, overrides, tables)
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
+    # A copy: a list which the user goes on changing must not change the preset. For the batch, None is "not set".
+    own = copy.deepcopy({n: v for n, v in overrides.items() if v is not None or n not in BATCH_NAMES})
+    check_values(own)
+    tables = {str(o): resolve(name, own, hardware, anatomy, objective=o) for o in OBJECTIVES}
+    return Preset(name, hardware, anatomy, own, tables)

@@ -9,7 +9,7 @@ from ..hardware import Hardware
 from ..models import DEFAULT_TARGET_PATTERN, ModelAnatomy
 from .batch import Batch
 from .choice import Choice
-from .method import SIXTEEN_OR_32_BIT, Method
+from .method import QUANTIZED, SIXTEEN_OR_32_BIT, Method
 
 LORA = "Hu et al. 2021, arXiv:2106.09685"
 QLORA = "Dettmers et al. 2023, arXiv:2305.14314"
@@ -20,9 +20,10 @@ TULU3 = "Lambert et al. 2024, Tulu 3, arXiv:2411.15124"
 DPO = "Rafailov et al. 2023, arXiv:2305.18290"
 ZEPHYR = "Tunstall et al. 2023, Zephyr, arXiv:2310.16944"
 HANDBOOK = "the alignment handbook's zephyr-7b recipes"
+RSLORA = "Kalajdzievski 2023, arXiv:2312.03732"
+EIGHT_BIT = "Dettmers et al. 2021, arXiv:2110.02861"
 MIXED = "Micikevicius et al. 2017, arXiv:1710.03740"
 CHECKPOINTING = "Chen et al. 2016, arXiv:1604.06174"
-PRECISION_BENCH = "benchmarks/adapter_precision.py"
 
 DPO_LEARNING_RATE_LIMIT = 1e-5
 LORA_ALPHA, LORA_R = 32, 16
@@ -42,6 +43,8 @@ class Setting:
         lora_alpha: LoRA's alpha, after the user's overrides.
         use_rslora: whether the scale is alpha / sqrt(r).
         own_targets: whether the user names what LoRA adapts.
+        own_batch: whether the user decided the effective batch.
+        unties: whether the user trains a copy of embeddings that the model shares with its lm_head.
     """
 
     method: Method
@@ -52,13 +55,15 @@ class Setting:
     lora_alpha: int = LORA_ALPHA
     use_rslora: bool = False
     own_targets: bool = False
+    own_batch: bool = False
+    unties: bool = False
 
 
 def recipe(setting: Setting) -> dict[str, Choice]:
     """All values for this setting, in the order in which a person would read them."""
     method = setting.method
     choices = _model(setting)
-    if method.quantized:
+    if method.precision in QUANTIZED:
         choices |= _quantization(setting)
     if method.use_peft:
         choices |= _lora(setting)
@@ -69,6 +74,7 @@ def recipe(setting: Setting) -> dict[str, Choice]:
 
 def _model(setting: Setting) -> dict[str, Choice]:
     method, hardware = setting.method, setting.hardware
+    decided_by_hardware = SIXTEEN_OR_32_BIT.get(method.precision) == hardware.compute_dtype
     if not method.use_peft:
         dtype = Choice(
             "float32",
@@ -80,11 +86,17 @@ def _model(setting: Setting) -> dict[str, Choice]:
             SIXTEEN_OR_32_BIT.get(method.precision, method.compute_dtype),
             "what is frozen needs no fp32 copy; the adapters themselves stay fp32",
             QLORA,
-            hardware.rule,
+            hardware.rule if decided_by_hardware or method.quantized else "",
         )
+    sdpa = not setting.anatomy or setting.anatomy.supports_sdpa
     place = "every parameter on this process's one device: what spreads a model over several cannot be trained by DDP"
     return {
-        "precision": Choice(method.precision, "of the base weights", QLORA if method.quantized else "", hardware.rule),
+        "precision": Choice(
+            method.precision,
+            "of the base weights" if method.use_peft else "of the matrix products; the weights themselves are fp32",
+            QLORA if method.quantized else "",
+            hardware.rule if decided_by_hardware else "",
+        ),
         "use_peft": Choice(
             method.use_peft, "LoRA adapters are trained" if method.use_peft else "all weights are trained"
         ),
@@ -93,7 +105,9 @@ def _model(setting: Setting) -> dict[str, Choice]:
             hardware.attn_implementation,
             "exact, in torch itself, with a fused kernel on every profile; flash kernels are separate packages",
             "torch.nn.functional.scaled_dot_product_attention",
-        ),
+        )
+        if sdpa
+        else Choice("eager", "transformers has no scaled_dot_product_attention for this model", "its _supports_sdpa"),
         "device_map": Choice(ONE_DEVICE, place, "", f"device {hardware.device}"),
     }
 
@@ -120,24 +134,18 @@ def _quantization(setting: Setting) -> dict[str, Choice]:
 
 
 def _lora(setting: Setting) -> dict[str, Choice]:
-    r, alpha = setting.lora_r, setting.lora_alpha
-    scale = f"alpha/sqrt(r) = {alpha / r**0.5:g}" if setting.use_rslora else f"alpha/r = {alpha / r:g}"
     choices = {
         "lora_r": Choice(
-            LORA_R, "enough for most instruction data; more adds memory and, with alpha held, little else", REGRET
+            LORA_R, "room for instruction data of ordinary size; the best learning rate hardly asks", REGRET
         ),
-        "lora_alpha": Choice(
-            LORA_ALPHA,
-            f"held when r changes, so that one learning rate serves every rank: the update is scaled by {scale}, "
-            "and with 1/r scaling the best rate hardly depends on r",
-            REGRET,
-        ),
-        "lora_dropout": Choice(
-            0.0, "small data sets are better served by fewer epochs; 0 also lets fused experts be adapted", REGRET
-        ),
+        "lora_alpha": _lora_alpha(setting),
+        "lora_dropout": Choice(0.0, "fewer epochs do as much against overfitting; PEFT adapts fused experts only at 0"),
         "task_type": Choice("CAUSAL_LM", "the adapter file says what it is for", "peft.TaskType"),
         "bias": Choice("none", "trained biases change the base itself, also with the adapter switched off", LORA),
     }
+    if setting.unties:
+        why = "the model shares its embeddings with lm_head; without this the trained copy would come apart from them"
+        choices["ensure_weight_tying"] = Choice(True, why, "peft.LoraConfig")
     anatomy = setting.anatomy
     if setting.own_targets:
         transposed = bool(anatomy and anatomy.targets.fan_in_fan_out)
@@ -157,29 +165,39 @@ def _lora(setting: Setting) -> dict[str, Choice]:
     return choices | {name: Choice(value, why, f"{QLORA}, figure 2; {REGRET}") for name, value in targets.items()}
 
 
+def _lora_alpha(setting: Setting) -> Choice:
+    r, alpha = setting.lora_r, setting.lora_alpha
+    if setting.use_rslora:
+        why = f"with rank-stabilised scaling the update is scaled by alpha/sqrt(r) = {alpha / r**0.5:g}, whatever r is"
+        return Choice(LORA_ALPHA, why, RSLORA)
+    why = f"held when r changes: the update is scaled by alpha/r = {alpha / r:g}, and with 1/r scaling"
+    return Choice(LORA_ALPHA, f"{why} the best learning rate hardly depends on r", REGRET)
+
+
 def _learning_rate(setting: Setting) -> Choice:
     billions = setting.anatomy.num_parameters / 1e9 if setting.anatomy else 0
     size = f"{billions:.2g}B parameters" if billions else "size unknown: no model given"
-    rate = _dpo_rate if setting.method.objective == "dpo" else _adapter_rate if setting.method.use_peft else _full_rate
-    return rate(setting, billions, size)
+    if setting.method.objective == "dpo":
+        return _dpo_rate(setting.method)
+    return _adapter_rate(billions, size) if setting.method.use_peft else _full_rate(billions, size)
 
 
-def _dpo_rate(setting: Setting, billions: float, size: str) -> Choice:  # noqa: ARG001  (one signature for all three)
-    if setting.method.use_peft:
+def _dpo_rate(method: Method) -> Choice:
+    if method.use_peft:
         why = "DPO moves a finished model a little; adapters take ten times a full model's rate"
         return Choice(5e-6, why, HANDBOOK)
     why = "DPO moves a finished model a little; above 1e-5 the policy runs away from its reference"
     return Choice(5e-7, why, ZEPHYR)
 
 
-def _adapter_rate(setting: Setting, billions: float, size: str) -> Choice:  # noqa: ARG001
+def _adapter_rate(billions: float, size: str) -> Choice:
     # Named sizes are rounded: "13B" is 13.02e9 parameters.
     if billions > 13.5:
         return Choice(1e-4, f"half, above 13B ({size})", f"{QLORA}, table 9 (33B and 65B)")
     return Choice(2e-4, f"about ten times a full model's rate ({size})", f"{QLORA}, table 9 (7B and 13B); {REGRET}")
 
 
-def _full_rate(setting: Setting, billions: float, size: str) -> Choice:  # noqa: ARG001
+def _full_rate(billions: float, size: str) -> Choice:
     if billions > 40:
         return Choice(5e-6, f"between the published rates for 70B, 1e-5 and 2e-6 ({size})", f"{TULU2}; {TULU3}")
     if billions > 10:
@@ -190,8 +208,12 @@ def _full_rate(setting: Setting, billions: float, size: str) -> Choice:  # noqa:
 def _schedule(setting: Setting) -> dict[str, Choice]:
     dpo = setting.method.objective == "dpo"
     return {
-        "lr_scheduler_type": Choice("cosine", "ends near zero, so that the last weights are the good ones", ALPACA),
-        "warmup_steps": Choice(0.03, "3% of all steps: Adam's second moments settle before the rate is high", ALPACA),
+        "lr_scheduler_type": Choice(
+            "cosine", "ends near zero, so that the last weights are the good ones", HANDBOOK if dpo else ALPACA
+        ),
+        "warmup_steps": Choice(
+            0.03, "3% of all steps: Adam's second moments settle before the rate is high", "" if dpo else ALPACA
+        ),
         "num_train_epochs": Choice(
             1 if dpo else 3,
             "preferences are overfitted within a few passes" if dpo else "small instruction sets need several passes",
@@ -205,8 +227,9 @@ def _schedule(setting: Setting) -> dict[str, Choice]:
 def _batch(setting: Setting) -> dict[str, Choice]:
     batch = setting.batch
     sum_ = f"micro-batch x accumulation x world size: {batch}"
+    source = "" if setting.own_batch or setting.method.objective == "dpo" else f"{QLORA}, table 9 (7B and 13B)"
     return {
-        "effective_batch_size": Choice(batch.effective, sum_, f"{QLORA}, table 9 (7B and 13B)"),
+        "effective_batch_size": Choice(batch.effective, sum_, source, overridden=setting.own_batch),
         "per_device_train_batch_size": Choice(batch.micro, sum_),
         "gradient_accumulation_steps": Choice(batch.accumulation, sum_),
         "world_size": Choice(batch.world_size, "processes, from WORLD_SIZE as torchrun and accelerate set it"),
@@ -223,7 +246,7 @@ def _machine(setting: Setting) -> dict[str, Choice]:
             "8-bit moments, which move to the host when memory runs out"
             if paged
             else "AdamW as published, in one kernel",
-            f"{QLORA}, section 3" if paged else "torch.optim.AdamW(fused=True)",
+            f"{EIGHT_BIT}; {QLORA}, section 3 (paging)" if paged else "torch.optim.AdamW(fused=True)",
             "paged and 8-bit optimizers exist on CUDA only" if method.quantized else "",
         ),
         "bf16": Choice(method.autocast == "bf16", "autocast of the matrix products", MIXED, hardware.rule),
