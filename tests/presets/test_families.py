@@ -5,11 +5,15 @@ import torch
 import transformers
 from peft import get_peft_model
 
-from forge import UnsupportedError, get_preset
+from forge import ConflictError, UnsupportedError, get_preset
 from support.families import FAMILIES, tiny_model
 
-# PEFT adapts their shared experts and dense layers by weight, and so only where these are not packed.
-NOT_QUANTIZED = {"deepseek_v3"}
+# PEFT adapts DeepSeek's dense layers by weight, and so only where they are not packed; FalconLinear never is.
+NOT_QUANTIZED = {
+    "deepseek_v3": (UnsupportedError, "Choose a precision that is not quantised"),
+    "falcon_7b": (ConflictError, "find no linear layer to pack"),
+    "falcon_40b": (ConflictError, "find no linear layer to pack"),
+}
 
 
 @pytest.mark.parametrize("name", ["lora", "qlora"])
@@ -18,7 +22,8 @@ NOT_QUANTIZED = {"deepseek_v3"}
 def test_load_adapt_and_step(family, name, tmp_path):
     tiny_model(family).save_pretrained(tmp_path)
     if name == "qlora" and family in NOT_QUANTIZED:
-        with pytest.raises(UnsupportedError, match="Choose a precision that is not quantised"):
+        error, message = NOT_QUANTIZED[family]
+        with pytest.raises(error, match=message):
             get_preset(name, hardware="cpu", model=tmp_path)
         return
     preset = get_preset(name, hardware="cpu", model=tmp_path)
@@ -30,6 +35,8 @@ def test_load_adapt_and_step(family, name, tmp_path):
     model = get_peft_model(auto.from_pretrained(tmp_path, **preset.model_kwargs()), preset.get_lora_config())
     ids = torch.arange(8).unsqueeze(0)
     model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    if name == "qlora":
+        assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
     adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert adapters
     assert all(p.grad is not None for p in adapters.values())

@@ -48,6 +48,7 @@ class ModelAnatomy:
         quantization: "nf4", "fp4", "int8", another method's name ("mxfp4", "gptq"), or None.
         linear_layers: names of all linear layers of the model, towers and lm_head included, "*" for a number.
         supports_sdpa: whether transformers has `scaled_dot_product_attention` for it.
+        quantizable: whether bitsandbytes finds linear layers to pack in the decoder (or has packed them already).
     """
 
     model_type: str
@@ -65,6 +66,7 @@ class ModelAnatomy:
     quantization: str | None
     linear_layers: tuple[str, ...]
     supports_sdpa: bool
+    quantizable: bool
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold; `from_dict` reads it back."""
@@ -137,6 +139,17 @@ def _read(model: nn.Module, *, quantization_source: Any) -> ModelAnatomy:
         quantization=_quantization(getattr(quantization_source, "config", quantization_source)),
         linear_layers=tuple(dict.fromkeys(numberless(name) for name, module in modules.items() if is_linear(module))),
         supports_sdpa=bool(getattr(base, "_supports_sdpa", True)),
+        quantizable=any(_packable(module) for name, module in modules.items() if name.startswith(f"{layers_path}.")),
+    )
+
+
+def _packable(module: nn.Module) -> bool:
+    """Whether transformers' bitsandbytes integration replaces the layer: no subclass, such as Falcon's own."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return (
+        type(module) is nn.Linear or isinstance(module, Conv1D) or type(module).__module__.startswith("bitsandbytes.")
     )
 
 

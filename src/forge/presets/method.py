@@ -70,6 +70,11 @@ def resolve_method(
             f"precision={precision!r}, but the model is already quantised as {loaded_as!r} and cannot be quantised "
             "again. Start from its 16-bit weights, or take get_preset('lora') on it as it stands."
         )
+    if anatomy and precision in QUANTIZED and not anatomy.quantizable:
+        raise ConflictError(
+            f"precision={precision!r}: bitsandbytes would find no linear layer to pack in this {anatomy.model_type} "
+            "(its own linear class is not torch's) and load all of it in 16 bits. Take get_preset('lora')."
+        )
     if packed_as in QUANTIZED and precision != packed_as:
         raise ConflictError(
             f"precision={precision!r}, but the model's weights are already quantised as {packed_as!r}: what was lost "
