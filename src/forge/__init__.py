@@ -5,9 +5,8 @@ Importing it is cheap: the names below are loaded when they are first used, and 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+# Type checkers go by the name; importing it from typing would be most of the time that this module takes.
+TYPE_CHECKING = False
 if TYPE_CHECKING:  # the twin of _WHERE below, for editors and type checkers
     from .errors import (
         ConflictError,
@@ -49,9 +48,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     value = getattr(import_module(f".{_WHERE[name]}", __name__), name)
     globals()[name] = value
     return value
