@@ -24,7 +24,7 @@ from trl import SFTTrainer
 from forge import get_preset
 from forge.assets import conversations, smollm2
 
-SMALL_RUN = {"max_steps": 20, "effective_batch_size": 8, "max_length": 160}  # minutes on two cores, not hours
+SMALL_RUN = {"max_steps": 16, "effective_batch_size": 8, "max_length": 128}  # minutes on two cores, not hours
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def load_data(name: str | None) -> tuple[Dataset, Dataset]:
-    """Training and held-out samples; the held-out ones are a tenth, at most 64."""
+    """Training and held-out samples; the held-out ones are a tenth, at most 32."""
     if name is None:
         # Four messages, so that a sample fits into the demo's length.
         data = Dataset.from_list([{"messages": chat[:4]} for chat in conversations(limit=800) if len(chat) >= 4])
@@ -78,7 +78,7 @@ def load_data(name: str | None) -> tuple[Dataset, Dataset]:
         data = load_dataset("json", data_files=name, split="train")
     else:
         data = load_dataset(name, split="train")
-    parts = data.train_test_split(test_size=min(64, max(1, len(data) // 10)), seed=42)
+    parts = data.train_test_split(test_size=min(32, max(1, len(data) // 10)), seed=42)
     return parts["train"], parts["test"]
 
 
