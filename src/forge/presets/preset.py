@@ -149,10 +149,11 @@ class Preset:
         """Why a value is what it is.
 
         >>> from forge import get_preset
-        >>> print(get_preset("qlora", hardware="cpu").explain("lora_dropout"))
-        lora_dropout = 0.0
-        why: small data sets are better served by fewer epochs; 0 also lets fused experts be adapted
-        source: Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora
+        >>> print(get_preset("qlora", hardware="cpu").explain("activation_checkpointing"))
+        activation_checkpointing = False
+        why: a CPU has memory to spare and no time
+        source: Chen et al. 2016, arXiv:1604.06174
+        hardware: device cpu
 
         Args:
             name: Of any field of the objects that the preset produces, whether the recipe sets it or not.
