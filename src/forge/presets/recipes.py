@@ -139,7 +139,7 @@ def _lora(setting: Setting) -> dict[str, Choice]:
             LORA_R, "room for instruction data of ordinary size; the best learning rate hardly asks", REGRET
         ),
         "lora_alpha": _lora_alpha(setting),
-        "lora_dropout": Choice(0.0, "PEFT adapts fused experts only at 0; raise it when a small data set is overfitted"),
+        "lora_dropout": Choice(0.0, "PEFT adapts fused experts only at 0; raise it if a small data set is overfitted"),
         "task_type": Choice("CAUSAL_LM", "the adapter file says what it is for", "peft.TaskType"),
         "bias": Choice("none", "trained biases change the base itself, also with the adapter switched off", LORA),
     }
