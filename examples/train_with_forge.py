@@ -31,6 +31,7 @@ def main() -> None:
     """Choose a preset, load, train, compare before and after, save, reload."""
     options = parse_options()
     started = time.perf_counter()
+    train, held_out = load_data(options.data)
     model_id = options.model or str(smollm2())
     overrides = {} if options.model or options.data else dict(SMALL_RUN)
     overrides |= {name: value for name in ("max_steps", "max_length") if (value := getattr(options, name))}
@@ -40,7 +41,6 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(model_id)
     model = AutoModelForCausalLM.from_pretrained(model_id, **preset.model_kwargs())
-    train, held_out = load_data(options.data)
 
     args = preset.get_sft_config()
     args.output_dir = str(options.output)
@@ -74,7 +74,9 @@ def load_data(name: str | None) -> tuple[Dataset, Dataset]:
     if name is None:
         # Four messages, so that a sample fits into the demo's length.
         data = Dataset.from_list([{"messages": chat[:4]} for chat in conversations(limit=800) if len(chat) >= 4])
-    elif Path(name).exists():
+    elif name.endswith((".json", ".jsonl")):
+        if not Path(name).is_file():
+            raise SystemExit(f"error: there is no file {name}: --data takes a JSON-lines file or the id of a data set")
         data = load_dataset("json", data_files=name, split="train")
     else:
         data = load_dataset(name, split="train")

@@ -54,6 +54,13 @@ def test_text_only_data(own_model, tmp_path):
     assert "held-out loss" in output
 
 
+def test_a_missing_data_file_is_said_before_anything_is_loaded(tmp_path):
+    command = [sys.executable, "-W", "ignore", str(EXAMPLES / "train_with_forge.py"), "--data", "nope.jsonl"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: there is no file nope.jsonl")
+
+
 def test_train_on_the_real_model(smollm2, conversations, tmp_path):
     output = run("train_with_forge.py", "--max-steps", 3, "--max-length", 64, cwd=tmp_path)
     before, after = losses(output)

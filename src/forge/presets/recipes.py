@@ -135,9 +135,7 @@ def _quantization(setting: Setting) -> dict[str, Choice]:
 
 def _lora(setting: Setting) -> dict[str, Choice]:
     choices = {
-        "lora_r": Choice(
-            LORA_R, "room for instruction data of ordinary size; the best learning rate hardly asks", REGRET
-        ),
+        "lora_r": Choice(LORA_R, "room for instruction data of ordinary size; more costs memory", REGRET),
         "lora_alpha": _lora_alpha(setting),
         "lora_dropout": Choice(0.0, "PEFT adapts fused experts only at 0; raise it if a small data set is overfitted"),
         "task_type": Choice("CAUSAL_LM", "the adapter file says what it is for", "peft.TaskType"),
