@@ -16,10 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLan
 
 from forge import get_preset
 
+# What the guide's own steps cause, whatever the preset says; nothing else may warn.
+OF_THE_GUIDE = (
+    "use_reentrant parameter should be passed",  # prepare_model_for_kbit_training does not say which kind
+    "The tokenizer has new PAD/BOS/EOS tokens",  # the script sets the padding token
+)
+
 
 @pytest.mark.parametrize("max_length", [128, pytest.param(2048, marks=pytest.mark.long)])
-@pytest.mark.usefixtures("no_foreign_warnings")
-def test_train_with_forge(smollm2, conversations, tmp_path, capsys, max_length):
+def test_train_with_forge(smollm2, conversations, tmp_path, capsys, warning_recorder, max_length):
     model_name, output_dir = str(smollm2), tmp_path / "output"
     files = write_dataset(tmp_path, conversations)
 
@@ -77,6 +82,9 @@ def test_train_with_forge(smollm2, conversations, tmp_path, capsys, max_length):
     inputs = tokenizer("How are you today?", return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(model.eval()(**inputs).logits, reloaded(**inputs).logits)
+
+    foreign = [str(warning) for warning in warning_recorder.foreign]
+    assert not [text for text in foreign if not any(part in text for part in OF_THE_GUIDE)], foreign
 
 
 def write_dataset(folder, conversations):
