@@ -7,6 +7,8 @@ import forge
 
 PUBLIC = {
     "ConflictError",
+    "EMA",
+    "EMACallback",
     "ForgeError",
     "ForgeWarning",
     "Hardware",

@@ -8,6 +8,7 @@ from __future__ import annotations
 # Type checkers go by the name; importing it from typing would be most of the time that this module takes.
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # the twin of _WHERE below, for editors and type checkers
+    from .callbacks import EMA, EMACallback
     from .errors import (
         ConflictError,
         ForgeError,
@@ -23,6 +24,8 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "ConflictError": "errors",
+    "EMA": "callbacks",
+    "EMACallback": "callbacks",
     "ForgeError": "errors",
     "ForgeWarning": "errors",
     "Hardware": "hardware",
@@ -35,7 +38,9 @@ _WHERE = {
 }
 
 __all__ = [
+    "EMA",
     "ConflictError",
+    "EMACallback",
     "ForgeError",
     "ForgeWarning",
     "Hardware",
