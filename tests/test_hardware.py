@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from forge import Hardware, UnknownNameError, UnsupportedError, get_preset
+from forge.hardware import peak_flops
 
 
 @pytest.fixture
@@ -99,3 +100,83 @@ def test_the_device_follows_the_launcher(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert "device_map" not in preset.model_kwargs()
     assert get_preset("lora", hardware="hopper", device_map="auto").model_kwargs()["device_map"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA B200", 2250),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA GH200 144G HBM3e", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("A100-SXM4-40GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A40", 149.7),
+        ("NVIDIA RTX A6000", 154.8),
+        ("RTX A5000", 111.1),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181.05),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        ("Tesla T4", 65),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("Tesla V100-PCIE-32GB", 112),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("GeForce RTX 3090", 71),
+        ("NVIDIA GeForce RTX 3090 Ti", 80),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 5090", 209.5),
+    ],
+)
+def test_peak_flops(name, tflops):
+    assert peak_flops(name) == pytest.approx(tflops * 1e12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+        "NVIDIA A100-SXM-64GB",
+        "NVIDIA A10G",
+        "NVIDIA A10-24Q",
+        "GRID A100-40C",
+        "NVIDIA GB200",
+        "NVIDIA T400 4GB",
+        "NVIDIA RTX 6000",
+        "Quadro RTX 6000",
+        "Tesla V100-FHHL-16GB",
+        "AMD Instinct MI300X",
+        "NVIDIA",
+        "",
+    ],
+)
+def test_no_peak_is_guessed(name):
+    assert peak_flops(name) is None
+
+
+def test_dense_peaks_agree_with_cores_and_clock():
+    """Tensor cores run at a multiple of fp32 (2 per core and clock): 2 on GeForce cards, 4 on professional ones."""
+    cores_and_ghz = {
+        "NVIDIA GeForce RTX 3090": (10496, 1.695, 2),
+        "NVIDIA GeForce RTX 3090 Ti": (10752, 1.86, 2),
+        "NVIDIA GeForce RTX 4090": (16384, 2.52, 2),
+        "NVIDIA GeForce RTX 5090": (21760, 2.407, 2),
+        "NVIDIA RTX A6000": (10752, 1.8, 4),
+        "NVIDIA RTX A5000": (8192, 1.695, 4),
+        "NVIDIA RTX 6000 Ada Generation": (18176, 2.505, 4),
+        "NVIDIA A40": (10752, 1.74, 4),
+        "NVIDIA L40S": (18176, 2.52, 4),
+    }
+    for name, (cores, ghz, multiple) in cores_and_ghz.items():
+        assert peak_flops(name) == pytest.approx(2 * cores * ghz * 1e9 * multiple, rel=0.02), name

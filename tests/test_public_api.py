@@ -13,6 +13,8 @@ PUBLIC = {
     "ForgeWarning",
     "Hardware",
     "MissingAssetError",
+    "MonitorCallback",
+    "NonFiniteError",
     "Preset",
     "UnknownNameError",
     "UnsupportedError",

@@ -8,12 +8,13 @@ from __future__ import annotations
 # Type checkers go by the name; importing it from typing would be most of the time that this module takes.
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # the twin of _WHERE below, for editors and type checkers
-    from .callbacks import EMA, EMACallback
+    from .callbacks import EMA, EMACallback, MonitorCallback
     from .errors import (
         ConflictError,
         ForgeError,
         ForgeWarning,
         MissingAssetError,
+        NonFiniteError,
         UnknownNameError,
         UnsupportedError,
     )
@@ -30,6 +31,8 @@ _WHERE = {
     "ForgeWarning": "errors",
     "Hardware": "hardware",
     "MissingAssetError": "errors",
+    "MonitorCallback": "callbacks",
+    "NonFiniteError": "errors",
     "Preset": "presets",
     "UnknownNameError": "errors",
     "UnsupportedError": "errors",
@@ -45,6 +48,8 @@ __all__ = [
     "ForgeWarning",
     "Hardware",
     "MissingAssetError",
+    "MonitorCallback",
+    "NonFiniteError",
     "Preset",
     "UnknownNameError",
     "UnsupportedError",

@@ -4,6 +4,7 @@
     ├── UnknownNameError     a name that nothing answers to
     ├── ConflictError        values that contradict each other
     ├── UnsupportedError     what this model, machine or stack cannot do
+    ├── NonFiniteError       a loss, gradient or weight is NaN or infinite
     └── MissingAssetError    the examples' model or data are not in the cache
 
 A `ForgeWarning` (a UserWarning) is something that works and is probably not what you want.
@@ -48,6 +49,10 @@ class ConflictError(ForgeError):
 
 class UnsupportedError(ForgeError):
     """What this model, this machine or the installed stack cannot do."""
+
+
+class NonFiniteError(ForgeError):
+    """A loss, a gradient or a weight is NaN or infinite."""
 
 
 class MissingAssetError(ForgeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -144,3 +145,49 @@ _CALLED = {
     **dict.fromkeys(("h100", "h200", "gh200", "b100", "b200", "blackwell", "rtx 5090"), "hopper"),
 }
 """What people call their GPUs, and the profile that covers them."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The most 16-bit FLOP/s that the data sheet of a GPU promises, the denominator of MFU; None where forge is unsure.
+
+    For dense matrices (data sheets like to print twice that, "with sparsity"), in bf16 or, before Ampere, fp16, summed
+    in fp32 as training does: on GeForce cards half the rate of sums in fp16, which their data sheets lead with.
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3") / 1e12
+    989.4
+    >>> peak_flops("NVIDIA A100-SXM4-40GB MIG 1g.5gb") is None  # a slice of one
+    True
+
+    Args:
+        device_name: what `torch.cuda.get_device_name()` says.
+    """
+    name = re.sub(r"^(NVIDIA )?(GeForce |Tesla )?", "", device_name.strip())
+    return next((tflops * 1e12 for names, tflops in _PEAK_TFLOPS.items() if re.fullmatch(names, name)), None)
+
+
+# Whole names: an A10 is not an A100, an L40S no L4, a laptop's or a sliced GPU another one, and those that clouds and
+# supercomputers have had made for them (A100-SXM-64GB) are not in the data sheets.
+_PEAK_TFLOPS = {
+    r"B200": 2250.0,  # HGX B200: 36 PFLOP/s for eight with sparsity
+    r"H100 80GB HBM3|H200|GH200 \d+GB?( HBM3e)?": 989.4,  # the SXM module's; Hopper whitepaper, table 2
+    r"H100 NVL|H200 NVL": 835.5,
+    r"H100 PCIe": 756.0,
+    r"(A100-SXM4|A100-PCIE|A800-SXM4)-[48]0GB|A100 80GB PCIe": 312.0,
+    r"A40": 149.7,  # from here on GA102 and AD102 whitepapers and product pages
+    r"A10": 125.0,
+    r"RTX A6000": 154.8,
+    r"RTX A5000": 111.1,
+    r"RTX 3090": 71.0,
+    r"RTX 3090 Ti": 80.0,
+    r"L40S": 362.05,
+    r"L40": 181.05,
+    r"L4": 121.0,
+    r"RTX 6000 Ada Generation": 364.2,
+    r"RTX 4090": 165.2,
+    r"RTX 5090": 209.5,
+    r"T4": 65.0,
+    r"V100-SXM[23]-(16|32)GB": 125.0,
+    r"V100-PCIE-(16|32)GB": 112.0,
+    r"V100S-PCIE-32GB": 130.0,
+}
+"""TFLOP/s by the name of the GPU, a regular expression, without its brand."""

@@ -7,5 +7,6 @@ monitor/   MonitorCallback: the truth about a run while it trains
 from __future__ import annotations
 
 from .ema import EMA, EMACallback
+from .monitor import MonitorCallback
 
-__all__ = ["EMA", "EMACallback"]
+__all__ = ["EMA", "EMACallback", "MonitorCallback"]

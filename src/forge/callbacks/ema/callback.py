@@ -198,9 +198,9 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
     def on_init_end(
         self,
         args: TrainingArguments,
-        state: TrainerState,  # noqa: ARG002  (transformers calls with all of them)
-        control: TrainerControl,  # noqa: ARG002
-        **kwargs: Any,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
     ) -> None:
         """Refuse what cannot be averaged, before anything is loaded or moved."""
         support.refuse_arguments(args)
@@ -242,10 +242,10 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
 
     def on_step_begin(
         self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,  # noqa: ARG002
-        **kwargs: Any,  # noqa: ARG002
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
     ) -> None:
         """Check that training goes on with the raw weights.
 
@@ -260,11 +260,11 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
 
     def on_optimizer_step(
         self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,  # noqa: ARG002
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
         optimizer: Optimizer,
-        **kwargs: Any,  # noqa: ARG002
+        **kwargs: Any,
     ) -> None:
         """Count the step if it was taken, and update the average when it is due."""
         ema = self._require()
@@ -278,10 +278,10 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
 
     def on_evaluate(
         self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,  # noqa: ARG002
-        **kwargs: Any,  # noqa: ARG002
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
     ) -> None:
         """The loop is over."""
         if self._swap is not None:
@@ -292,7 +292,7 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        metrics: Any,  # noqa: ARG002
+        metrics: Any,
         **kwargs: Any,
     ) -> None:
         """The loop is over."""
@@ -302,9 +302,9 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
+        control: TrainerControl,
         model: nn.Module,
-        **kwargs: Any,  # noqa: ARG002
+        **kwargs: Any,
     ) -> None:
         """With `load_best_model_at_end`, end with the weights that earned the score: that checkpoint's average."""
         if self._swap is not None:
