@@ -21,14 +21,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from forge import get_preset
+from forge import EMACallback, MonitorCallback, get_preset
 from forge.assets import conversations, smollm2
 
 SMALL_RUN = {"max_steps": 16, "effective_batch_size": 8, "max_length": 128}  # minutes on two cores, not hours
 
 
 def main() -> None:
-    """Choose a preset, load, train, compare before and after, save, reload."""
+    """Choose a preset, load, train under watch, compare before and after, save the average, reload."""
     options = parse_options()
     started = time.perf_counter()
     train, held_out = load_data(options.data)
@@ -44,6 +44,7 @@ def main() -> None:
 
     args = preset.get_sft_config()
     args.output_dir = str(options.output)
+    ema, monitor = EMACallback(), MonitorCallback(report_dir=options.output / "report", preset=preset)
     trainer = SFTTrainer(
         model=model,
         args=args,
@@ -51,12 +52,14 @@ def main() -> None:
         eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=preset.get_lora_config(),
-        callbacks=preset.get_callbacks(),
+        callbacks=[*preset.get_callbacks(), ema, monitor],
     )
+    monitor.attach(trainer)
 
     questions = first_messages(held_out)
     loss_before, replies_before = trainer.evaluate()["eval_loss"], replies(trainer.model, tokenizer, questions)
     trainer.train()
+    ema.apply_ema(trainer.model)  # from here on the model is the average of its last steps
     loss_after, replies_after = trainer.evaluate()["eval_loss"], replies(trainer.model, tokenizer, questions)
 
     for question, before, after in zip(questions, replies_before, replies_after, strict=True):
@@ -66,6 +69,7 @@ def main() -> None:
     trainer.save_model(options.output)
     if preset.get_lora_config():
         check_reload(trainer.model, model_id, preset.model_kwargs(), tokenizer, options.output)
+    print(f"report: {options.output / 'report' / 'report.html'}")
     print(f"saved in {options.output}; {time.perf_counter() - started:.0f} s, peak memory {peak_memory_gb():.2f} GiB")
 
 

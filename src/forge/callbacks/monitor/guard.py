@@ -109,8 +109,8 @@ class Guard:
                 step,
                 "spike",
                 f"the {name} is {value:.4g}, more than {SIGMAS:g} sigma above the mean of the last "
-                f"{self._spikes[name].steps} steps ({self._spikes[name].mean:.4g}); {done}. One odd batch is harmless, several mean that the "
-                "learning rate is too high.",
+                f"{self._spikes[name].steps} steps ({self._spikes[name].mean:.4g}); {done}. One odd batch is harmless, "
+                "several mean that the learning rate is too high.",
             )
             verdict = "take" if self.on_spike == "warn" else self.on_spike
         return verdict
