@@ -2,8 +2,8 @@
 
 The only edits to it: the imports, `processing_class`, the data collator, the padding token (the guide's `pad = eos`
 would mask every end of turn), `hardware="cpu"`, so that the test does the same on every machine, and the length: the
-guide pads every row to 2,048 tokens, which takes many minutes on a CPU and is done in the long tests. EMA, monitoring
-and freezing join as their parts land.
+guide pads every row to 2,048 tokens, which takes many minutes on a CPU and is done in the long tests. Freezing joins as
+its part lands.
 """
 
 import json
@@ -14,12 +14,14 @@ from datasets import load_dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, Trainer
 
-from forge import get_preset
+from forge import EMACallback, MonitorCallback, get_preset
 
 # What the guide's own steps cause, whatever the preset says; nothing else may warn.
 OF_THE_GUIDE = (
     "use_reentrant parameter should be passed",  # prepare_model_for_kbit_training does not say which kind
     "The tokenizer has new PAD/BOS/EOS tokens",  # the script sets the padding token
+    "decay=0.999 spans more than this run",  # and so it does: three steps
+    "MonitorCallback has no trainer",  # the guide knows no attach()
 )
 
 
@@ -56,6 +58,8 @@ def test_train_with_forge(smollm2, conversations, tmp_path, capsys, warning_reco
     training_args = preset.get_training_args()
     training_args.output_dir = str(output_dir)
     training_args.disable_tqdm = True
+    ema = EMACallback(decay=0.999)
+    monitor = MonitorCallback(check_gradients=True)
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -63,13 +67,22 @@ def test_train_with_forge(smollm2, conversations, tmp_path, capsys, warning_reco
         eval_dataset=dataset.get("validation"),
         processing_class=tokenizer,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        callbacks=preset.get_callbacks(),
+        callbacks=[*preset.get_callbacks(), ema, monitor],
     )
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
+    raw = {name: value.clone() for name, value in model.named_parameters() if value.requires_grad}
     after = trainer.evaluate()["eval_loss"]
     assert trainer.state.global_step == 3
-    assert after < before
+    assert after < before  # a little: of such an average 99.7% are still the weights it began with
+
+    # 7b. The average
+    ema.apply_ema(model)
+    assert trainer.evaluate()["eval_loss"] == after
+    assert any(not torch.equal(value, raw[name]) for name, value in model.named_parameters() if name in raw)
+    assert monitor.events == []
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(entry["grad_norm/lora_B"] > 0 and entry["update_ratio"] > 0 for entry in logged)
 
     # 8. Saving, and what a user does next
     model.save_pretrained(output_dir / "final_model")

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from forge import ConflictError, EMACallback, ForgeError, ForgeWarning, UnsupportedError
+from forge.callbacks.ema.support import refuse_model
 from support.data import lm_tokens
 from support.models import lora, text_model
 
@@ -564,7 +565,7 @@ def test_sharded_and_offloaded_parameters_are_refused(make_trainer):
         trainer.train()
     del parameter.ds_id
     with pytest.raises(UnsupportedError, match="meta"):
-        EMACallback()._refuse(trainer.args, trainer.state, nn.Linear(2, 2, device="meta"))
+        refuse_model(nn.Linear(2, 2, device="meta"))
 
 
 def test_settings_that_would_lose_the_best_model(make_trainer):

@@ -309,6 +309,42 @@ def test_looking_at_the_loss_alone(tmp_path):
     assert finite(spy.weights[-1].values())
 
 
+@pytest.mark.parametrize("on_nan", ["skip", "stop"])
+def test_on_real_weights_and_conversations(on_nan, smollm2, conversations, tmp_path):
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTTrainer
+
+    from forge import get_preset
+
+    preset = get_preset(
+        "qlora", model=smollm2, hardware="cpu", max_steps=3, max_length=64, logging_steps=1, output_dir=str(tmp_path),
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, disable_tqdm=True,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(smollm2, **preset.model_kwargs())
+    spy, monitor = Spy(), MonitorCallback(on_nan=on_nan, display=False, report_dir=tmp_path / "report")
+    subject = SFTTrainer(
+        model=model,
+        args=preset.get_sft_config(),
+        train_dataset=Dataset.from_list([{"messages": chat[:2]} for chat in conversations[:16]]),
+        processing_class=AutoTokenizer.from_pretrained(smollm2),
+        peft_config=preset.get_lora_config(),
+        callbacks=[*preset.get_callbacks(), spy, monitor],
+    )
+    monitor.attach(subject)
+    with inject_nan(subject, step=2, micro_batch=1):
+        subject.train()
+    assert subject.state.global_step == (3 if on_nan == "skip" else 2)
+    assert all(torch.equal(spy.weights[0][name], spy.weights[1][name]) for name in spy.weights[0])
+    assert finite(spy.weights[-1].values())
+    assert all(finite(states) for states in spy.states)
+    losses = [entry["loss"] for entry in subject.state.log_history if "loss" in entry]
+    assert [math.isnan(loss) for loss in losses] == [False, True, False][: len(losses)]
+    if on_nan == "stop":
+        assert finite(load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors").values())
+    assert "the loss is nan" in (tmp_path / "report" / "report.html").read_text()
+
+
 def train_in_ddp(folder, processes, on_nan):
     """The second process alone has a bad batch."""
     spy = Spy()

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ...errors import ConflictError, ForgeError, ForgeWarning, UnsupportedError
+from ...errors import ForgeError, ForgeWarning
 from . import checkpoint, support
 from .average import EMA
-from .decay import HALF_LIFE_SHARE, Decay
+from .decay import Decay, check
 from .evaluation import EvaluationSwap
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
-
-WEIGHTS = "weights"
 
 
 class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers carries no types
@@ -86,7 +84,7 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
         save: bool = True,
         resume_from: str | Path | None = None,
     ) -> None:
-        _check(decay, half_life_steps, update_every)
+        check(decay, half_life_steps, update_every)
         self.decay = decay
         self.half_life_steps = half_life_steps
         self.update_every = update_every
@@ -95,14 +93,14 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
         self.save = save
         self.steps = 0
         self._start: checkpoint.SavedAverage | str | None = None
-        if resume_from == WEIGHTS:
-            self._start = WEIGHTS
+        if resume_from == checkpoint.WEIGHTS:
+            self._start = checkpoint.WEIGHTS
         elif resume_from is not None:
             self._start = checkpoint.SavedAverage.read(Path(resume_from))
         self._ema: EMA | None = None
         self._raw: dict[str, Tensor] | None = None
         self._swap: EvaluationSwap | None = None
-        self._attached = False
+        self.attached = False
         self._schedule = Decay(0.5)
         self._saved = {"token": "", "folder": ""}
         self._run: tuple[TrainingArguments, TrainerState, TrainerControl, nn.Module, Any] | None = None
@@ -178,7 +176,7 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
         """
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
-        if self._attached:
+        if self.attached:
             return self
         inner = trainer.evaluation_loop
 
@@ -190,7 +188,7 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
                 return inner(*args, **kwargs)
 
         trainer.evaluation_loop = evaluation_loop
-        self._attached = True
+        self.attached = True
         return self
 
     # ---- events
@@ -221,22 +219,30 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
             ConflictError: Settings that exclude each other.
             ForgeError: A checkpoint is resumed that has no average.
         """
-        self._refuse(args, state, model)
+        support.refuse_arguments(args)
+        support.refuse_model(model)
+        support.refuse_settings(self, args, state, model)
         self._run = (args, state, control, model, kwargs.get("processing_class"))
-        self._schedule = self._decay_for(state.max_steps)
+        self._schedule = Decay.for_run(
+            self.decay, self.half_life_steps, state.max_steps, update_every=self.update_every
+        )
         self._raw = None
         if self._swap is not None:
             self._swap.remove()
         resumed = state.global_step > 0
         if resumed:
-            _drop_adapter_that_resuming_added(model)
+            checkpoint.drop_adapter_that_resuming_added(model)
         self._ema = EMA(_trainable(model), device=self.device)
         self.steps = 0
-        self._begin_at(self._find_start(args, state) if resumed and self._start is None else self._start)
+        self._begin_at(
+            checkpoint.find_resumed(type(self).__name__, args, state)
+            if resumed and self._start is None
+            else self._start
+        )
         self._start = None
         # A checkpoint that was saved without this callback has no entry for it, and the Trainer does not add one.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        if self.evaluate and not self._attached:
+        if self.evaluate and not self.attached:
             self._swap = EvaluationSwap(self._ema.tensors, self._average_to_evaluate)
             self._swap.install(_innermost(optimizer), model)
 
@@ -333,40 +339,6 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
         applied = self._raw is not None
         return None if applied or self._ema is None else self._ema.average
 
-    def _decay_for(self, max_steps: int) -> Decay:
-        if self.decay is None:
-            half_life = self.half_life_steps or max(1.0, HALF_LIFE_SHARE * max_steps)
-            return Decay.from_half_life(half_life, update_every=self.update_every)
-        schedule = Decay(self.decay, self.update_every)
-        if (share := schedule.share_of_start(max_steps)) > 0.1:
-            warnings.warn(
-                f"decay={self.decay} spans more than this run: after max_steps={max_steps}, {share:.0%} of the average "
-                f"are still the weights it began with. Leave decay out (a half-life of {HALF_LIFE_SHARE:.0%} of the "
-                "run, with a warm-up) or set half_life_steps.",
-                ForgeWarning,
-                stacklevel=3,
-            )
-        return schedule
-
-    def _refuse(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
-        support.refuse_arguments(args)
-        support.refuse_model(model)
-        if self.save and state.global_step == 0 and checkpoint.FOLDER in getattr(model, "peft_config", {}):
-            raise ConflictError(
-                f"An adapter is called {checkpoint.FOLDER!r}, which is the folder of the average in a checkpoint. "
-                "Name the adapter otherwise, or set save=False."
-            )
-        if self.evaluate and args.load_best_model_at_end and not self.save:
-            raise ConflictError(
-                "load_best_model_at_end=True with evaluate=True scores the average and save=False keeps none: the best "
-                "would be lost. Set save=True, or evaluate=False."
-            )
-        if self.evaluate and not self._attached and args.torch_compile:
-            raise UnsupportedError(
-                "With torch_compile=True a plain callback cannot exchange the weights of a forward pass. Call "
-                "ema.attach(trainer) before train(), or set evaluate=False."
-            )
-
     def _begin_at(self, start: checkpoint.SavedAverage | str | None) -> None:
         if isinstance(start, checkpoint.SavedAverage):
             self._require().load_state_dict({"average": start.average, "updates": start.updates})
@@ -380,31 +352,10 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
         self._begin_at(checkpoint.SavedAverage.read(folder))
         self.apply_ema(model)
 
-    def _find_start(self, args: TrainingArguments, state: TrainerState) -> checkpoint.SavedAverage:
-        """The average of the checkpoint that is resumed, whose path no event is told."""
-        step = f"checkpoint-{state.global_step}"
-        entry = state.stateful_callbacks.get(type(self).__name__) or {}
-        if isinstance(entry, list):
-            raise ConflictError(
-                "Two EMACallbacks are in the list, and a checkpoint has room for one average. Keep one."
-            )
-        saved = entry.get("attributes", {}).get("saved", {})
-        given = args.resume_from_checkpoint
-        candidates = [saved.get("folder"), Path(args.output_dir) / step, given if isinstance(given, str) else None]
-        for folder in map(Path, filter(None, candidates)):
-            if saved.get("token") and checkpoint.token_of(folder) == saved["token"]:
-                return checkpoint.SavedAverage.read(folder)
-        why = "was moved" if saved.get("token") else "was saved without EMACallback(save=True)"
-        raise ForgeError(
-            f"The average of step {state.global_step} was not found: its checkpoint {why}. Give the place, "
-            f'EMACallback(resume_from=".../{step}"), or start a new average at the resumed weights, '
-            f'EMACallback(resume_from="{WEIGHTS}").'
-        )
-
     def _write(self) -> None:
         assert self._run is not None
         args, state, _, model, processing_class = self._run
-        folder = _run_folder(args, state) / f"checkpoint-{state.global_step}"
+        folder = checkpoint.run_folder(args, state) / f"checkpoint-{state.global_step}"
         if not folder.is_dir():
             warnings.warn(
                 f"The average is not in this checkpoint: it was expected at {folder}, and no such folder is there. "
@@ -426,19 +377,6 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
         return f"{type(self).__name__}({inside})"
 
 
-def _check(decay: float | None, half_life_steps: float | None, update_every: int) -> None:
-    if decay is not None and half_life_steps is not None:
-        raise ConflictError(
-            f"decay={decay} and half_life_steps={half_life_steps} say the same thing: give one of them."
-        )
-    if decay is not None and not (isinstance(decay, float) and 0 < decay < 1):
-        raise ForgeError(f"decay={decay!r}: it must be a number between 0 and 1, such as 0.999, both ends excluded.")
-    if half_life_steps is not None and not (isinstance(half_life_steps, int | float) and half_life_steps > 0):
-        raise ForgeError(f"half_life_steps={half_life_steps!r}: it must be a positive number of optimizer steps.")
-    if not isinstance(update_every, int) or isinstance(update_every, bool) or update_every < 1:
-        raise ForgeError(f"update_every={update_every!r}: it must be a whole number of at least 1.")
-
-
 def _trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in _named_parameters(model).items() if tensor.requires_grad}
 
@@ -456,21 +394,3 @@ def _innermost(optimizer: Any) -> Optimizer:
         optimizer = optimizer.optimizer
     inner: Optimizer = optimizer
     return inner
-
-
-def _run_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    output = Path(args.output_dir)
-    if not state.is_hyper_param_search:
-        return output
-    runs = (
-        output.glob(f"*/checkpoint-{state.global_step}")
-        if state.trial_name is None
-        else [output / state.trial_name / "x"]
-    )
-    return max((run.parent for run in runs), key=lambda run: run.stat().st_mtime, default=output)
-
-
-def _drop_adapter_that_resuming_added(model: Any) -> None:
-    """Remove the adapter "ema": the Trainer loads every folder of a checkpoint that holds an adapter as one more."""
-    if checkpoint.FOLDER in getattr(model, "peft_config", {}) and checkpoint.FOLDER not in model.active_adapters:
-        model.delete_adapter(checkpoint.FOLDER)

@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import ForgeError
+from ...errors import ConflictError, ForgeError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import TrainerState, TrainingArguments
 
 FOLDER = "ema"
 FILE = "average.safetensors"
+WEIGHTS = "weights"
+"""What `resume_from` says for beginning a new average at the weights that are resumed."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,52 @@ def token_of(folder: Path) -> str | None:
     except SafetensorError:
         return None
     return token
+
+
+def find_resumed(callback: str, args: TrainingArguments, state: TrainerState) -> SavedAverage:
+    """The average of the checkpoint that is resumed, whose path no event is told.
+
+    Args:
+        callback: The class name, under which the Trainer keeps the callback's state.
+        args: The trainer's arguments.
+        state: The trainer's state, as loaded from the checkpoint.
+
+    Raises:
+        ForgeError: It is in none of the places where it could be.
+        ConflictError: Two averages were saved.
+    """
+    entry = state.stateful_callbacks.get(callback) or {}
+    if isinstance(entry, list):
+        raise ConflictError("Two EMACallbacks are in the list, and a checkpoint has room for one average. Keep one.")
+    step, saved = f"checkpoint-{state.global_step}", entry.get("attributes", {}).get("saved", {})
+    given = args.resume_from_checkpoint
+    candidates = [saved.get("folder"), Path(args.output_dir) / step, given if isinstance(given, str) else None]
+    for folder in map(Path, filter(None, candidates)):
+        if saved.get("token") and token_of(folder) == saved["token"]:
+            return SavedAverage.read(folder)
+    why = "was moved" if saved.get("token") else "was saved without EMACallback(save=True)"
+    raise ForgeError(
+        f"The average of step {state.global_step} was not found: its checkpoint {why}. Give the place, "
+        f'EMACallback(resume_from=".../{step}"), or start a new average at the resumed weights, '
+        f'EMACallback(resume_from="{WEIGHTS}").'
+    )
+
+
+def run_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the Trainer puts its checkpoints: below the output folder for each trial of a hyperparameter search."""
+    output = Path(args.output_dir)
+    if not state.is_hyper_param_search:
+        return output
+    if state.trial_name is not None:
+        return output / str(state.trial_name)
+    saved = [folder.parent for folder in output.glob(f"*/checkpoint-{state.global_step}")]
+    return max(saved, key=lambda run: run.stat().st_mtime, default=output)
+
+
+def drop_adapter_that_resuming_added(model: Any) -> None:
+    """Remove the adapter "ema": the Trainer loads every folder of a checkpoint that holds an adapter as one more."""
+    if FOLDER in getattr(model, "peft_config", {}) and FOLDER not in model.active_adapters:
+        model.delete_adapter(FOLDER)
 
 
 def save_model(model: Any, folder: Path, *, processing_class: Any = None) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+
+from ...errors import ConflictError, ForgeError, ForgeWarning
 
 HALF_LIFE_SHARE = 0.05
 """The default half-life as a share of `max_steps`. An exponential profile with a half-life of h has a mean age, and a
@@ -37,6 +40,29 @@ class Decay:
         """The decay that halves a weight's share every `steps` optimizer steps, with a warm-up."""
         return cls(0.5 ** (1 / steps), update_every, warmup=True)
 
+    @classmethod
+    def for_run(
+        cls, decay: float | None, half_life_steps: float | None, max_steps: int, *, update_every: int = 1
+    ) -> Decay:
+        """What was asked for, in a run of `max_steps`; with neither of the two, `HALF_LIFE_SHARE` of the run.
+
+        Warns when the run is too short for the decay.
+        """
+        if decay is None:
+            return cls.from_half_life(
+                half_life_steps or max(1.0, HALF_LIFE_SHARE * max_steps), update_every=update_every
+            )
+        asked = cls(decay, update_every)
+        if (share := asked.share_of_start(max_steps)) > 0.1:
+            warnings.warn(
+                f"decay={decay} spans more than this run: after max_steps={max_steps}, {share:.0%} of the average are "
+                f"still the weights it began with. Leave decay out (a half-life of {HALF_LIFE_SHARE:.0%} of the run, "
+                "with a warm-up) or set half_life_steps.",
+                ForgeWarning,
+                stacklevel=4,
+            )
+        return asked
+
     @property
     def half_life_steps(self) -> float:
         """Optimizer steps until a weight's share is halved."""
@@ -59,3 +85,22 @@ class Decay:
         for update in range(steps // self.update_every):
             share *= self.at(update)
         return share
+
+
+def check(decay: float | None, half_life_steps: float | None, update_every: int) -> None:
+    """Refuse what is not a decay.
+
+    Raises:
+        ConflictError: Both were given.
+        ForgeError: A value outside its range.
+    """
+    if decay is not None and half_life_steps is not None:
+        raise ConflictError(
+            f"decay={decay} and half_life_steps={half_life_steps} say the same thing: give one of them."
+        )
+    if decay is not None and not (isinstance(decay, float) and 0 < decay < 1):
+        raise ForgeError(f"decay={decay!r}: it must be a number between 0 and 1, such as 0.999, both ends excluded.")
+    if half_life_steps is not None and not (isinstance(half_life_steps, int | float) and half_life_steps > 0):
+        raise ForgeError(f"half_life_steps={half_life_steps!r}: it must be a positive number of optimizer steps.")
+    if not isinstance(update_every, int) or isinstance(update_every, bool) or update_every < 1:
+        raise ForgeError(f"update_every={update_every!r}: it must be a whole number of at least 1.")

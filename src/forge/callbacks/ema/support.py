@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ...errors import UnsupportedError
+from ...errors import ConflictError, UnsupportedError
+from .checkpoint import FOLDER
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import TrainingArguments
+    from transformers import TrainerState, TrainingArguments
+
+
+class Settings(Protocol):
+    """What EMACallback was asked for."""
+
+    evaluate: bool
+    save: bool
+    attached: bool
 
 
 def refuse_arguments(args: TrainingArguments) -> None:
@@ -51,6 +60,30 @@ def refuse_model(model: nn.Module) -> None:
             _refuse(f"{name} is sharded over several devices", "Train with DDP (torchrun)")
         if parameter.is_meta:
             _refuse(f"{name} is offloaded (on the meta device)", 'Load the model with device_map={"": 0}')
+
+
+def refuse_settings(settings: Settings, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+    """Raise for what would be lost or wrong with these settings.
+
+    Raises:
+        ConflictError: The best model would be lost, or an adapter stands where the average goes.
+        UnsupportedError: Only `attach` can do it.
+    """
+    if settings.save and state.global_step == 0 and FOLDER in getattr(model, "peft_config", {}):
+        raise ConflictError(
+            f"An adapter is called {FOLDER!r}, which is the folder of the average in a checkpoint. Name the adapter "
+            "otherwise, or set save=False."
+        )
+    if settings.evaluate and args.load_best_model_at_end and not settings.save:
+        raise ConflictError(
+            "load_best_model_at_end=True with evaluate=True scores the average and save=False keeps none: the best "
+            "would be lost. Set save=True, or evaluate=False."
+        )
+    if settings.evaluate and not settings.attached and args.torch_compile:
+        raise UnsupportedError(
+            "With torch_compile=True a plain callback cannot exchange the weights of a forward pass. Call "
+            "ema.attach(trainer) before train(), or set evaluate=False."
+        )
 
 
 def _is_sharded(parameter: Any) -> bool:
