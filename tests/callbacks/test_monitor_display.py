@@ -64,11 +64,25 @@ def test_it_takes_the_place_of_the_progress_bar(disable_tqdm, tmp_path, capsys):
         "plain", tmp_path, max_steps=2, disable_tqdm=disable_tqdm, trainer_options={"callbacks": [monitor]}
     )
     monitor.attach(subject)
-    assert not any(type(c) in (PrinterCallback, ProgressCallback) for c in subject.callback_handler.callbacks)
+    before = list(subject.callback_handler.callbacks)
+    assert type(before[-1]) is (PrinterCallback if disable_tqdm else ProgressCallback)
     subject.train()
+    assert subject.callback_handler.callbacks == before  # evaluate() and the like show what they always did
     output = capsys.readouterr()
     assert [line[:8] for line in output.out.splitlines()] == ["step 1/2", "step 2/2"]
     assert "%|" not in output.err
+
+
+def test_an_evaluation_shows_how_far_it_is():
+    display = Display(console(terminal=True))
+    display.start(100)
+    display.show(50, ENTRY)
+    for _ in range(3):
+        display.show_evaluation([0] * 8)
+    assert "evaluating: batch 3/8" in text_of(display)
+    display.end_evaluation()
+    assert "1:02:05 left" in text_of(display)
+    display.stop()
 
 
 def test_display_false_leaves_theirs(tmp_path, capsys):

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 from transformers import TrainerCallback
 
-from forge import ForgeError, MonitorCallback, UnknownNameError
+from forge import ForgeError, MonitorCallback, UnknownNameError, UnsupportedError
 from forge.callbacks.monitor import journal
 from forge.callbacks.monitor.throughput import Throughput
 from support.data import lm_tokens
@@ -387,6 +387,45 @@ def test_the_report_of_a_crash(tmp_path):
 
 
 # ---- what it survives
+
+
+def test_a_full_disk_and_a_report_that_fails(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    from forge.callbacks.monitor import report
+
+    monitor = MonitorCallback(display=False, report_dir=tmp_path / "report")
+    subject = trainer("plain", tmp_path, max_steps=2, trainer_options={"callbacks": [monitor]})
+    monitor.attach(subject)
+
+    def full(self, mode="r", **options):
+        if "a" in mode:
+            raise OSError(28, "No space left on device")
+        return open(self, mode, **options)  # noqa: PTH123
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(report, "write", fail)
+    subject.train()
+    assert subject.state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"deepspeed": {"stage": 3}}, "DeepSpeed"),
+        ({"fsdp": "full_shard"}, "FSDP"),
+        ({"optim": "adalomo"}, "inside backward"),
+    ],
+)
+def test_what_hides_gradients_is_refused(change, says, tmp_path):
+    subject = trainer("plain", tmp_path)
+    for name, value in change.items():
+        object.__setattr__(subject.args, name, value)
+    with pytest.raises(UnsupportedError, match=says):
+        MonitorCallback().on_init_end(subject.args, subject.state, subject.control)
 
 
 def test_two_trainings_evaluation_only_and_resume(tmp_path):

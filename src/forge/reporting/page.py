@@ -78,6 +78,7 @@ pre { font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
   figure, .facts div, .notice, tr { break-inside: avoid; }
   h2 { break-after: avoid; }
   pre { white-space: pre-wrap; }
+  td { overflow-wrap: anywhere; }
   .notice { print-color-adjust: exact; }
 }
 """

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import ConflictError, UnsupportedError
+from ..support import refuse, refuse_hidden_gradients
 from .checkpoint import FOLDER
 
 if TYPE_CHECKING:
@@ -25,22 +25,18 @@ def refuse_arguments(args: TrainingArguments) -> None:
     """Raise for what the arguments alone tell.
 
     Raises:
-        UnsupportedError: Sharded weights, an optimizer that hides its steps, or DataParallel.
+        UnsupportedError: Sharded weights, an optimizer that hides its steps, DataParallel, or copied callbacks.
     """
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
-        _refuse("FSDP shards the parameters over the processes", "Train with DDP (torchrun without fsdp)")
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
-        _refuse("DeepSpeed keeps parameters of its own (ZeRO-3 shards them)", "Train with DDP (torchrun)")
+    refuse_hidden_gradients(args, "EMACallback")
     if args.n_gpu > 1:
-        _refuse(
+        refuse(
+            "EMACallback",
             f"torch's DataParallel (one process, {args.n_gpu} GPUs) copies the model at every step",
             "Start with torchrun, or show one GPU with CUDA_VISIBLE_DEVICES=0",
         )
-    name = str(getattr(args.optim, "value", args.optim))
-    if "lomo" in name or "layerwise" in name:
-        _refuse(f"optim={name!r} updates inside backward, where no step can be counted", 'Use optim="adamw_torch"')
     if getattr(args, "restore_callback_states_from_checkpoint", False):
-        _refuse(
+        refuse(
+            "EMACallback",
             "restore_callback_states_from_checkpoint=True replaces every callback by a copy, so that your `ema` would "
             "stay empty",
             "Leave it out: EMACallback restores itself",
@@ -57,9 +53,9 @@ def refuse_model(model: nn.Module) -> None:
         if not parameter.requires_grad:
             continue
         if _is_sharded(parameter):
-            _refuse(f"{name} is sharded over several devices", "Train with DDP (torchrun)")
+            refuse("EMACallback", f"{name} is sharded over several devices", "Train with DDP (torchrun)")
         if parameter.is_meta:
-            _refuse(f"{name} is offloaded (on the meta device)", 'Load the model with device_map={"": 0}')
+            refuse("EMACallback", f"{name} is offloaded (meta device)", 'Load the model with device_map={"": 0}')
 
 
 def refuse_settings(settings: Settings, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
@@ -90,7 +86,3 @@ def _is_sharded(parameter: Any) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
-
-
-def _refuse(why: str, remedy: str) -> None:
-    raise UnsupportedError(f"EMACallback cannot average here: {why}. {remedy}, or take EMACallback out of callbacks.")

@@ -7,7 +7,7 @@ accelerator's `clip_grad_norm_` while `train` runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,11 +29,17 @@ class Listener(Protocol):
         """`train` is over, by an exception when `output` is None; returns what `train` returns."""
 
 
-def attach(trainer: Trainer, callback: Any, listener: Listener) -> None:
+def attach(trainer: Trainer, callback: Any, listener: Listener, *, quiet: bool = False) -> None:
     """Make `listener` hear what happens in `trainer.train()`, and `callback` the first of its callbacks.
 
     First, because what a callback adds to the logs is seen by those after it only, and the trackers of `report_to`
     stand before the user's callbacks.
+
+    Args:
+        trainer: The trainer.
+        callback: Its callback; added when it is not in the list.
+        listener: Who hears of micro-batches, norms and the end.
+        quiet: Whether the progress bar, or the printing of every entry, is silent while `train` runs.
     """
     callbacks = trainer.callback_handler.callbacks
     if callback in callbacks:
@@ -45,22 +51,13 @@ def attach(trainer: Trainer, callback: Any, listener: Listener) -> None:
     def train(*args: Any, **kwargs: Any) -> Any:
         output = None
         try:
-            with _listening(trainer, listener):
+            with _listening(trainer, listener), _silenced(trainer) if quiet else nullcontext():
                 output = inner(*args, **kwargs)
         finally:
             output = listener.on_leave(output)
         return output
 
     trainer.train = train
-
-
-def silence_progress(trainer: Trainer) -> None:
-    """Take the progress bar, or the printing of every entry, off the trainer: the monitor shows the same and more."""
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    for callback in list(trainer.callback_handler.callbacks):
-        if type(callback) in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
 
 
 @contextmanager
@@ -70,6 +67,23 @@ def _listening(trainer: Trainer, listener: Listener) -> Iterator[None]:
         clip = _replaced(trainer.accelerator, "clip_grad_norm_", lambda inner: _heard_norm(inner, listener))
         stack.enter_context(clip)
         yield
+
+
+@contextmanager
+def _silenced(trainer: Trainer) -> Iterator[None]:
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    callbacks = trainer.callback_handler.callbacks
+    places = [
+        (place, found) for place, found in enumerate(callbacks) if type(found) in (PrinterCallback, ProgressCallback)
+    ]
+    for _, found in places:
+        callbacks.remove(found)
+    try:
+        yield
+    finally:
+        for place, found in places:
+            callbacks.insert(place, found)
 
 
 def _heard_step(inner: Callable[..., Tensor], listener: Listener) -> Callable[..., Tensor]:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, get_args
 from transformers import TrainerCallback
 
 from ...errors import ForgeError, ForgeWarning, NonFiniteError, UnknownNameError
+from ..support import refuse_hidden_gradients
 from . import attachment, report
 from .display import Display
+from .events import logger
 from .guard import REMEDY, OnNan, OnSpike
 from .run import MonitoredRun
 
@@ -39,7 +41,8 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
 
     **`attach(trainer)`** is what a plain callback cannot do without: it sees the loss of every step, the gradient norm
     before clipping and the batches, puts the metrics before the trackers of `report_to`, ends cleanly on an exception,
-    and takes the place of the progress bar. Without it gradients are still guarded, and a warning says what is missing.
+    and takes the place of the progress bar while `train()` runs. Without it gradients are still guarded, and a warning
+    says what is missing.
 
     Each optimizer step costs one read from the device (loss and gradient norm together), each log entry one more.
 
@@ -125,10 +128,9 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
             return self
         if self._trainer is not None:
             raise ForgeError("This MonitorCallback is attached to another trainer: make one for each trainer.")
-        attachment.attach(trainer, self, self)
+        quiet = self._display is not None and not self._display.in_notebook
+        attachment.attach(trainer, self, self, quiet=quiet)
         self._trainer = trainer
-        if self._display is not None and not self._display.in_notebook:
-            attachment.silence_progress(trainer)
         return self
 
     def write_report(self) -> Path:
@@ -163,6 +165,10 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
 
     # ---- events
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Refuse what cannot be guarded."""
+        refuse_hidden_gradients(args, "MonitorCallback")
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -174,9 +180,11 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
         """Start.
 
         Raises:
-            ForgeError: A trainable weight is not finite before the first step.
+            NonFiniteError: A trainable weight is not finite before the first step.
+            UnsupportedError: Gradients are where no callback reaches them.
         """
         self._leave()
+        refuse_hidden_gradients(args, "MonitorCallback")
         self._refuse_bad_weights(model)
         attached = self._trainer is not None
         if not attached:
@@ -278,8 +286,17 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
             self._display.show(state.global_step, logs)
         self._mark()
 
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show how far an evaluation has come."""
+        if self._run is not None and self._run.running and self._shows(state) and self._display is not None:
+            self._display.show_evaluation(kwargs.get("eval_dataloader"))
+
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluation is not training time."""
+        if self._display is not None:
+            self._display.end_evaluation()
         self._mark()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -302,8 +319,11 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
         """End what was begun; a second call does nothing."""
         if self._display is not None:
             self._display.stop()
-        if self._run is not None and self._run.stop() and self.report_dir is not None and self._run.journal is not None:
-            self.write_report()
+        if self._run is not None and self._run.stop() and self._run.journal is not None:
+            try:
+                self.write_report()
+            except Exception as error:  # noqa: BLE001  (whatever it is, it must not cost the training that it tells of)
+                logger.warning("the report was not written: %r. MonitorCallback.write_report() tries again.", error)
 
     def _shows(self, state: TrainerState) -> bool:
         return self._trainer is not None and bool(state.is_world_process_zero)
@@ -321,10 +341,10 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
         if not named:
             return
         with torch.no_grad():
-            # A sum is finite only if all of it is; only a large finite one could overflow, hence fp32 means.
-            means = torch.stack([parameter.float().mean().cpu() for _, parameter in named])
-        for (name, _), mean in zip(named, means.tolist(), strict=True):
-            if not math.isfinite(mean):
+            # A sum is finite only if every part of it is; in fp32, and without a copy of the weights.
+            sums = torch.stack([parameter.sum(dtype=torch.float32).cpu() for _, parameter in named])
+        for (name, _), total in zip(named, sums.tolist(), strict=True):
+            if not math.isfinite(total):
                 raise NonFiniteError(
                     f"{name} holds NaN or infinity before the first step: training on from it is lost. Load the model "
                     "or the checkpoint again; look at the step that made it."

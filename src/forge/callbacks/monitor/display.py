@@ -46,6 +46,8 @@ class Display:
         self._events: deque[Event] = deque(maxlen=3)
         self._max_steps = 0
         self._eta = ""
+        self._evaluated = 0
+        self._evaluating = ""
 
     @property
     def in_notebook(self) -> bool:
@@ -80,6 +82,18 @@ class Display:
             left = f"  {self._eta} left" if "eta_s" in logs else ""
             self._console.print(f"step {step}/{self._max_steps}  {cells}{left}", soft_wrap=True, markup=False)
 
+    def show_evaluation(self, batches: Any) -> None:
+        """Show that one more batch was evaluated, where there is a table to show it in."""
+        self._evaluated += 1
+        total = f"/{len(batches)}" if hasattr(batches, "__len__") else ""
+        self._evaluating = f"evaluating: batch {self._evaluated}{total}"
+        if self._live is not None:
+            self._live.update(self.render(), refresh=True)
+
+    def end_evaluation(self) -> None:
+        """The evaluation is over."""
+        self._evaluated, self._evaluating = 0, ""
+
     def add_event(self, event: Event) -> None:
         """Show an event; off the terminal its log record is enough."""
         self._events.append(event)
@@ -101,7 +115,7 @@ class Display:
 
         step = self._rows[-1][0] if self._rows else 0
         head = Table.grid(padding=(0, 2))
-        left = f"{self._eta} left" if self._eta and step < self._max_steps else ""
+        left = self._evaluating or (f"{self._eta} left" if self._eta and step < self._max_steps else "")
         head.add_row(
             f"step {step}/{self._max_steps}", ProgressBar(total=max(1, self._max_steps), completed=step, width=40), left
         )

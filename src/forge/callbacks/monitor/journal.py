@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .events import Event
+from .events import Event, logger
 
 FILE = "metrics.jsonl"
 
@@ -24,6 +24,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, *, step: int = 0) -> None:
+        self._lost = False
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / FILE
         self._keep_earlier(step)
@@ -37,8 +38,14 @@ class Journal:
         self._write({"step": event.step, "event": event.kind, "message": event.message})
 
     def _write(self, entry: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({name: _plain(value) for name, value in entry.items()}) + "\n")
+        if self._lost:
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({name: _plain(value) for name, value in entry.items()}) + "\n")
+        except OSError as error:  # a full disk must not end the training
+            self._lost = True
+            logger.warning("%s is no longer written: %s. Training goes on.", self.path, error)
 
     def _keep_earlier(self, step: int) -> None:
         if not self.path.exists():

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from ...presets import Preset
     from ...reporting import Chart
 
+EVENTS = 20
+"""As many events are written out; all of them are in the journal."""
+
 # File name, title, unit, keys of the log (a trailing "/" takes all that begin so), and whether the axis is logarithmic.
 _CHARTS: tuple[tuple[str, str, str, tuple[str, ...], bool], ...] = (
     ("loss", "Loss", "", ("loss", "eval_loss", "eval_"), False),
@@ -39,6 +42,14 @@ _CHARTS: tuple[tuple[str, str, str, tuple[str, ...], bool], ...] = (
 )
 
 
+_LABELS = {
+    "nonfinite": "not finite",
+    "flat_loss": "flat loss",
+    "zero_gradient": "no gradient",
+    "zero_learning_rate": "rate 0",
+}
+
+
 def write(folder: Path, *, preset: Preset | None = None, title: str = "Training report") -> Path:
     """Write `report.html` and one PNG a chart beside the folder's metrics.jsonl.
 
@@ -59,10 +70,12 @@ def write(folder: Path, *, preset: Preset | None = None, title: str = "Training 
     last = max((entry["step"] for entry in entries), default=0)
     page = Page(title, f"{last} steps" + ("" if final else ", not ended: it was stopped or is still running"))
     page.facts(_facts(logs, final))
-    for event in events:
+    for event in events[:EVENTS]:
         page.notice(
             f"Step {event['step']}: {event['message']}", kind="error" if event["event"] == "nonfinite" else "warning"
         )
+    if len(events) > EVENTS:
+        page.text(f"and {len(events) - EVENTS} more, in {journal.FILE}")
     if not events:
         page.notice("No events: every loss and every gradient that was looked at was finite.", kind="good")
     page.heading("Curves")
@@ -71,7 +84,9 @@ def write(folder: Path, *, preset: Preset | None = None, title: str = "Training 
         page.chart(chart)
     if preset is not None:
         page.heading("Preset")
-        page.preformatted(_described(preset))
+        page.text(f"{preset.name}, for {preset.hardware.name}")
+        rows = [(name, choice.value, choice.reason, choice.source) for name, choice in preset.choices.items()]
+        page.table(("setting", "value", "why", "source"), rows)
     page.heading("Log")
     page.table(*_table(logs))
     path = folder / "report.html"
@@ -113,7 +128,7 @@ def _charts(logs: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[tu
     from ...reporting import Chart, Series
 
     names = list(dict.fromkeys(name for entry in logs for name in entry))
-    marks = tuple((float(entry["step"]), entry["event"].replace("_", " ")) for entry in events[:6])
+    marks = tuple((float(entry["step"]), _LABELS.get(entry["event"], entry["event"])) for entry in events[:6])
     charts = []
     for file, title, unit, keys, log_y in _CHARTS:
         wanted = [name for key in keys for name in names if _matches(name, key)]
@@ -144,16 +159,6 @@ def _table(logs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def _described(preset: Preset) -> str:
-    import contextlib
-    import io
-
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text):
-        preset.print_info()
-    return text.getvalue()
 
 
 def duration(seconds: float) -> str:

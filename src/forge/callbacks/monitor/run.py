@@ -77,7 +77,7 @@ class MonitoredRun:
         self.journal: Journal | None = None
         if settings.report_dir is not None and state.is_world_process_zero:
             self.journal = Journal(settings.report_dir, step=state.global_step)
-        self._running = False
+        self.running = False
         self._norm: Tensor | None = None
         self._max_norm = math.inf
         self._group_norms: Tensor | None = None
@@ -87,11 +87,11 @@ class MonitoredRun:
     def start(self) -> None:
         """Begin to sample the machine."""
         self.system.start()
-        self._running = True
+        self.running = True
 
     def stop(self) -> bool:
         """End; says whether there was something to end."""
-        was_running, self._running = self._running, False
+        was_running, self.running = self.running, False
         self.system.stop()
         return was_running
 
@@ -127,7 +127,11 @@ class MonitoredRun:
             # A norm after clipping says whether it is finite, and nothing about spikes.
             norm=norm_value if known_norm or norm_value is None or not math.isfinite(norm_value) else None,
             scaled=scaler is not None,
-            learning_rate=max(float(group["lr"]) for group in optimizer.param_groups),
+            # A rate that is a tensor would have to be read.
+            learning_rate=max(
+                (group["lr"] for group in optimizer.param_groups if not isinstance(group["lr"], torch.Tensor)),
+                default=1.0,
+            ),
         )
         self.stopping = self.stopping or verdict == "stop"
         if verdict != "take":
