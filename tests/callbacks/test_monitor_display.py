@@ -26,11 +26,14 @@ ENTRY = {"loss": 2.5, "grad_norm": 0.31, "learning_rate": 2e-4, "tokens_per_seco
 def test_lines_where_there_is_no_terminal():
     display = Display(console(terminal=False))
     display.start(100)
+    display.count(1, 99.0)
+    display.count(2, 98.0)
     display.show(10, ENTRY)
     display.show(10, {"eval_one_loss": 2.25, "eval_two_loss": 3.0})
     display.show(10, {"train_runtime": 1.0, "nonfinite_steps": 1})
     display.stop()
     assert display._console.file.getvalue().splitlines() == [
+        "step 1/100  about 1:39 left, by this step",
         "step 10/100  loss 2.5000  grad norm 0.31  lr 2.00e-04  tok/s 1,234  1:02:05 left",
         "step 10/100  eval loss 2.2500",
     ]
@@ -69,8 +72,17 @@ def test_it_takes_the_place_of_the_progress_bar(disable_tqdm, tmp_path, capsys):
     subject.train()
     assert subject.callback_handler.callbacks == before  # evaluate() and the like show what they always did
     output = capsys.readouterr()
-    assert [line[:8] for line in output.out.splitlines()] == ["step 1/2", "step 2/2"]
+    assert [line[:8] for line in output.out.splitlines()] == ["step 1/2", "step 1/2", "step 2/2"]
     assert "%|" not in output.err
+
+
+def test_the_bar_moves_between_entries():
+    display = Display(console(terminal=True))
+    display.start(100, step=40)
+    display.count(41, 590.0)
+    assert text_of(display).startswith("step 41/100")
+    assert "9:50 left" in text_of(display)
+    display.stop()
 
 
 def test_an_evaluation_shows_how_far_it_is():

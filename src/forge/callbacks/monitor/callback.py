@@ -192,7 +192,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
         self._run = MonitoredRun(self, args, state, model, trainer=self._trainer)
         self._run.start()
         if self._shows(state) and self._display is not None:
-            self._display.start(state.max_steps)
+            self._display.start(state.max_steps, step=state.global_step)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -257,6 +257,9 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
         if self._run is not None:
             self._run.throughput.end_step()
             self._run.throughput.count_step()
+            if self._shows(state) and self._display is not None:
+                left = state.max_steps - state.global_step
+                self._display.count(state.global_step, self._run.throughput.eta_s(left))
             if self._run.stopping:
                 control.should_training_stop = control.should_save = control.should_log = True
         return control

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,8 @@ class Display:
         self._events: deque[Event] = deque(maxlen=3)
         self._max_steps = 0
         self._eta = ""
+        self._step = self._begun_at = 0
+        self._drawn = 0.0
         self._evaluated = 0
         self._evaluating = ""
 
@@ -54,16 +57,25 @@ class Display:
         """Whether transformers shows a table of its own there."""
         return bool(self._console.is_jupyter)
 
-    def start(self, max_steps: int) -> None:
+    def start(self, max_steps: int, *, step: int = 0) -> None:
         """Begin; on a terminal the table stays at its place until `stop`."""
         from rich.live import Live
 
-        self._max_steps = max_steps
+        self._max_steps, self._step, self._begun_at, self._eta = max_steps, step, step, ""
         self._rows.clear()
         self._events.clear()
         if self._console.is_terminal and not self.in_notebook:
             self._live = Live(self.render(), console=self._console, auto_refresh=False)
             self._live.start()
+
+    def count(self, step: int, eta_s: float) -> None:
+        """A step is over: the bar moves, off the terminal the first step says how long it will take."""
+        self._step, self._eta = step, duration(eta_s)
+        if self._live is not None:
+            if time.monotonic() - self._drawn > 0.25:
+                self._draw()
+        elif step == self._begun_at + 1 < self._max_steps and not self.in_notebook:
+            self._print(f"step {step}/{self._max_steps}  about {self._eta} left, by this step")
 
     def show(self, step: int, logs: dict[str, Any]) -> None:
         """Show an entry of the log."""
@@ -76,19 +88,19 @@ class Display:
         self._eta = duration(logs["eta_s"]) if "eta_s" in logs else self._eta
         self._rows.append((step, values))
         if self._live is not None:
-            self._live.update(self.render(), refresh=True)
+            self._draw()
         elif not self.in_notebook:
             cells = "  ".join(f"{name} {form.format(values[name])}" for name, _, form in _COLUMNS if name in values)
             left = f"  {self._eta} left" if "eta_s" in logs else ""
-            self._console.print(f"step {step}/{self._max_steps}  {cells}{left}", soft_wrap=True, markup=False)
+            self._print(f"step {step}/{self._max_steps}  {cells}{left}")
 
     def show_evaluation(self, batches: Any) -> None:
         """Show that one more batch was evaluated, where there is a table to show it in."""
         self._evaluated += 1
         total = f"/{len(batches)}" if hasattr(batches, "__len__") else ""
         self._evaluating = f"evaluating: batch {self._evaluated}{total}"
-        if self._live is not None:
-            self._live.update(self.render(), refresh=True)
+        if self._live is not None and time.monotonic() - self._drawn > 0.25:
+            self._draw()
 
     def end_evaluation(self) -> None:
         """The evaluation is over."""
@@ -98,13 +110,21 @@ class Display:
         """Show an event; off the terminal its log record is enough."""
         self._events.append(event)
         if self._live is not None:
-            self._live.update(self.render(), refresh=True)
+            self._draw()
 
     def stop(self) -> None:
         """Leave the last table standing. May be called twice."""
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def _draw(self) -> None:
+        if self._live is not None:
+            self._live.update(self.render(), refresh=True)
+            self._drawn = time.monotonic()
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True, markup=False)
 
     def render(self) -> RenderableType:
         """The table as it stands."""
@@ -113,7 +133,7 @@ class Display:
         from rich.table import Table
         from rich.text import Text
 
-        step = self._rows[-1][0] if self._rows else 0
+        step = max([self._step, *(number for number, _ in self._rows)])
         head = Table.grid(padding=(0, 2))
         left = self._evaluating or (f"{self._eta} left" if self._eta and step < self._max_steps else "")
         head.add_row(

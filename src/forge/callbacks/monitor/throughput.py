@@ -92,6 +92,10 @@ class Throughput:
         """The tokens that the masks do not hide, on the device; None where no batch had a mask."""
         return self._real
 
+    def eta_s(self, steps_left: int) -> float:
+        """Seconds to the end, by the mean so far, evaluation and saving included; after the first step."""
+        return steps_left * (self._clock() - self._begin) / self._steps_done
+
     def drain(self, real_tokens: float, *, steps_left: int) -> dict[str, float]:
         """The metrics of the window, keyed as in MonitorCallback's table.
 
@@ -110,7 +114,7 @@ class Throughput:
         if self._train_s > 0:
             metrics["data_wait_share"] = self._wait_s / self._train_s
         if self._steps_done:
-            metrics["eta_s"] = steps_left * (self._clock() - self._begin) / self._steps_done
+            metrics["eta_s"] = self.eta_s(steps_left)
         self._reset()
         return metrics
 
