@@ -18,10 +18,11 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes"
 def versions() -> dict[str, str | None]:
     """Of Python, of the packages that matter, and of forge with its commit."""
     own = {"python": platform.python_version(), "forge": forge.__version__, "commit": _commit()}
-    return own | {package: _installed(package) for package in PACKAGES}
+    return own | {package: installed_version(package) for package in PACKAGES}
 
 
-def _installed(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Of a package; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,6 +1,6 @@
 """All cells of the GPU matrix.
 
-To add a group: a module with `cells` and `measure(settings)`, an entry in GROUPS, and its cells in CELLS and, tiny, in
+To add a group: a module with `cells` and `measure(settings)`, an entry in GROUPS, and its cells in SUITE and, tiny, in
 SMOKE_CELLS. Every cell names its group.
 """
 
@@ -9,17 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.gpu import presets
+from benchmarks.gpu import callbacks, presets
 from benchmarks.runner import Suite
 
-GROUPS = {"presets": presets}
+GROUPS = {"presets": presets, "callbacks": callbacks}
 TARGET = "benchmarks.gpu.matrix:measure"
 
 # Micro-batch x length are the presets' own. The sft cells at 8B need about 128 GB and are there to run out of memory.
 CELLS = (*presets.cells(("llama-1b", "llama-8b"), sft=(4, 2048), dpo=(2, 1024)),)
-SMOKE_CELLS = (*presets.cells(("llama-tiny",), sft=(2, 64), dpo=(2, 64), steps=(1, 2)),)
+CALLBACK_CELLS = (*callbacks.cells(("llama-1b", "llama-8b"), sft=(4, 2048)), *callbacks.update_cells())
+SMOKE_CELLS = (
+    *presets.cells(("llama-tiny",), sft=(2, 64), dpo=(2, 64), steps=(1, 2)),
+    *callbacks.cells(("llama-tiny",), sft=(2, 64), steps=(1, 2), rounds=2),
+)
 
-SUITE = Suite("gpu", TARGET, CELLS, timeout_s=480)
+SUITE = Suite("gpu", TARGET, (*CELLS, *CALLBACK_CELLS), timeout_s=480)
 SMOKE = Suite("gpu-smoke", TARGET, SMOKE_CELLS, timeout_s=None)
 
 

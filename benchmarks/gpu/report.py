@@ -16,7 +16,7 @@ def render(rows: Sequence[Row]) -> str:
     """
     if not rows:
         return "No rows yet: run `make gpu` on a machine with a CUDA device."
-    parts = ["# GPU matrix", *sorted({_provenance(row) for row in rows}), _presets(rows)]
+    parts = ["# GPU matrix", *sorted({_provenance(row) for row in rows}), _presets(rows), *_callbacks(rows)]
     if failed := [row for row in rows if row["status"] not in ("ok", "oom")]:
         parts.append("## Failed\n\n" + "\n".join(f"- `{r['key']}`: {r['status']}: {r['error'][:300]}" for r in failed))
     return "\n\n".join(parts)
@@ -51,6 +51,26 @@ def _presets(rows: Iterable[Row]) -> str:
         "default trains q and v at rank 8 where the presets train every linear layer at 16 (last columns)."
     )
     return "\n".join(["## Presets against TRL's defaults\n", *lines, "", note])
+
+
+def _callbacks(rows: Iterable[Row]) -> list[str]:
+    """What callbacks add to a step, and the update of an average alone; empty without such rows."""
+    mine = [row for row in rows if row["settings"].get("group") == "callbacks" and row["status"] == "ok"]
+    steps = [_line(["model", "callbacks", "step, s", "overhead", "synchronised step, s", "overhead", "allocated, GiB"])]
+    steps.append(_line(["---"] * 2 + ["---:"] * 5))
+    updates = [_line(["weights", "average", "median, ms", "times forge's", "shadow", "after 3,000 updates"])]
+    updates.append(_line(["---"] * 2 + ["---:"] * 2 + ["---"] * 2))
+    for row in mine:
+        s, result = row["settings"], row["result"]
+        for name, found in result.get("variants", {}).items():
+            cells = [s["model"], name, f"{found['flowing_step_s']:.4g}", f"{found['flowing_overhead']:+.2%}"]
+            cells += [f"{found['step_s']:.4g}", f"{found['overhead']:+.2%}", f"{found['max_allocated_gb']:.2f}"]
+            steps.append(_line(cells))
+        for name, found in result.get("averages", {}).items():
+            cells = [f"{s['shape']}, {s['dtype']}", name, f"{found['median_ms']:.3g}", f"{found['times_forge']:.2f}"]
+            updates.append(_line([*cells, found["shadow"], found["after_3000"]]))
+    parts = ["## Callbacks: their share of a LoRA step\n\n" + "\n".join(steps)] if len(steps) > 2 else []
+    return parts + (["## One update of an average\n\n" + "\n".join(updates)] if len(updates) > 2 else [])
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from io import BytesIO
 from itertools import cycle
 from pathlib import Path
@@ -104,7 +105,11 @@ class Chart:
         return not any(series.x for series in self.series)
 
     def png(self) -> bytes:
-        """The chart as a PNG, 1200 x 660 pixels."""
+        """The chart as a PNG, 1200 x 660 pixels; drawn once."""
+        return self._png
+
+    @cached_property
+    def _png(self) -> bytes:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
         buffer = BytesIO()

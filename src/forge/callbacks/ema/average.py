@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-ON_CPU, ON_DEVICE = 2**18, 2**24
-"""So many numbers are converted to the shadow's dtype at a time: 1 MiB of fp32, to stay in a CPU's cache, or 64 MiB."""
+ON_CPU, ON_DEVICE = 2**16, 2**24
+"""So many numbers are converted to the shadow's dtype at a time: 256 KiB of fp32, to stay in a CPU's cache, or 64 MiB."""
 
 
 class EMA:
