@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 ON_CPU, ON_DEVICE = 2**16, 2**24
-"""So many numbers are converted to the shadow's dtype at a time: 256 KiB of fp32, to stay in a CPU's cache, or 64 MiB."""
+"""So many numbers are converted to the shadow's dtype at a time: 256 KiB of fp32, for a CPU's cache, or 64 MiB."""
 
 
 class EMA:
