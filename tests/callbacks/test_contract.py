@@ -8,7 +8,6 @@ from peft import get_peft_model
 from transformers import TrainerCallback
 
 from forge import EMACallback, MonitorCallback
-from forge.callbacks.ema.evaluation import EvaluationSwap
 from forge.presets.fp32 import Fp32TrainableCallback
 from support.data import dpo_preferences, lm_tokens, sft_messages
 from support.models import lora, text_model, trainer
@@ -157,12 +156,3 @@ def test_the_contract_test_sees_a_callback_that_meddles(without, tmp_path):
     expected, _ = without(**settings)
     results, _ = life(folder=tmp_path, callbacks=[lambda folder: Meddler()], attach=True, **settings)
     assert not all(torch.equal(results[0][name], expected[0][name]) for name in expected[0])
-
-
-def test_nothing_random_is_drawn():
-    """A callback that drew a number would change dropout and shuffling after it."""
-    state = torch.get_rng_state()
-    EMACallback()
-    MonitorCallback()
-    EvaluationSwap({}, lambda: None).begin()
-    assert torch.equal(state, torch.get_rng_state())

@@ -49,16 +49,28 @@ def test_tied_weights_are_averaged_once():
     assert list(EMA(model.named_parameters(remove_duplicate=False)).average) == ["0.weight"]
 
 
-def test_copy_to_keeps_the_targets_dtype():
-    weight = torch.ones(2)
-    ema = EMA({"w": weight})
-    target = {"w": torch.zeros(2, dtype=torch.bfloat16), "other": torch.zeros(1)}
-    ema.copy_to(target)
+def test_applying_keeps_the_targets_dtype_and_restores_exactly():
+    from forge.callbacks.ema.applied import Applied
+
+    target, applied = {"w": torch.full((2,), 0.3, dtype=torch.bfloat16), "other": torch.zeros(1)}, Applied()
+    before = target["w"].clone()
+    applied.apply({"w": torch.ones(2)}, target)
     assert target["w"].dtype == torch.bfloat16
     assert (target["w"] == 1).all()
-    weight.zero_()
-    ema.copy_to()
-    assert (weight == 1).all()
+    applied.restore(target)
+    assert torch.equal(target["w"], before)
+
+
+def test_tensors_can_join():
+    ema = EMA({"a": torch.ones(2)})
+    ema.update(0.5)
+    late = torch.zeros(2)
+    ema.add({"b": late})
+    late += 1
+    ema.update(0.5)
+    assert (ema.average["b"] == 0.5).all()
+    with pytest.raises(ForgeError, match=r"c is torch\.int64"):
+        ema.add({"c": torch.zeros(2, dtype=torch.int64)})
 
 
 def test_state_dict_round_trip_is_exact_and_a_copy():
@@ -89,13 +101,15 @@ def test_what_cannot_be_averaged(tensors, says):
 
 
 def test_other_names_and_shapes_change_nothing():
+    from forge.callbacks.ema.applied import Applied
+
     ema = EMA({"a": torch.zeros(2), "b": torch.zeros(2)})
     target = {"a": torch.ones(2)}
     with pytest.raises(ForgeError, match="lacks 1 of the 2 averaged tensors, the first being 'b'"):
-        ema.copy_to(target)
+        Applied().apply(ema.average, target)
     assert (target["a"] == 1).all()
     with pytest.raises(ForgeError, match=r"shape \(3,\), and its average \(2,\)"):
-        ema.copy_to({"a": torch.ones(2), "b": torch.ones(3)})
+        Applied().apply(ema.average, {"a": torch.ones(2), "b": torch.ones(3)})
     with pytest.raises(ForgeError, match="The saved average lacks"):
         ema.load_state_dict({"average": {}, "updates": 0})
 

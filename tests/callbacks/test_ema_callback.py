@@ -178,7 +178,6 @@ def test_evaluation_in_the_trl_trainers(kind, make_trainer):
     trainer.train()
     during = trainer.evaluate(rows)["eval_loss"]
     ema.evaluate = False
-    ema._swap.remove()
     raw = trainer.evaluate(rows)["eval_loss"]
     with ema.swapped(trainer.model):
         averaged = trainer.evaluate(rows)["eval_loss"]
@@ -476,17 +475,204 @@ def test_state_dict_round_trip_into_another_run(make_trainer):
 
 def test_applying_to_a_model_that_was_loaded_anew(make_trainer):
     ema = EMACallback()
-    make_trainer("plain", adapted(), trainer_options={"callbacks": [ema]}).train()
+    trainer = make_trainer("plain", adapted(), trainer_options={"callbacks": [ema]})
+    trainer.train()
     other = adapted()
     ema.apply_ema(other)
     close(trainable(other), ema.state_dict()["average"])
-    with pytest.raises(ForgeError, match="lacks"):
-        EMACallback.apply_ema(_fresh(ema), text_model(layers=2))
+    for act in (ema.apply_ema, ema.restore):
+        with pytest.raises(ForgeError, match=r"in another model: call ema\.restore\(that_model\) first"):
+            act(trainer.model)
+    with pytest.raises(ForgeError, match="in another model"), ema.swapped(trainer.model):
+        pass
+    ema.restore(other)
+    with pytest.raises(ForgeError, match=r"lacks \d+ of the .* that is trainer\.model"):
+        ema.apply_ema(text_model(layers=2))
 
 
-def _fresh(ema):
-    ema._raw = None
-    return ema
+def test_the_base_model_that_the_trainer_wrapped_will_do(make_trainer):
+    """As in the guide: model goes into SFTTrainer with peft_config, and ema.apply_ema(model) comes after."""
+    base = text_model(layers=2)
+    ema = EMACallback(half_life_steps=2)
+    trainer = make_trainer("sft", base, trainer_options={"callbacks": [ema], "peft_config": lora()})
+    trainer.train()
+    assert trainer.model is not base
+    ema.apply_ema(base)
+    same(trainable(trainer.model), ema.state_dict()["average"])
+    ema.restore(trainer.model)
+
+
+def test_state_of_an_earlier_run_without_any_training(make_trainer):
+    first = EMACallback(half_life_steps=2)
+    trainer = make_trainer("plain", trainer_options={"callbacks": [first]})
+    trainer.train()
+    second = EMACallback()
+    second.load_state_dict(first.state_dict())
+    same(second.state_dict()["average"], first.state_dict()["average"])
+    second.apply_ema(trainer.model)
+    same(trainable(trainer.model), first.state_dict()["average"])
+
+
+def test_parameters_that_begin_to_train_later_join(make_trainer):
+    model = adapted()
+    frozen = [parameter for name, parameter in model.named_parameters() if ".layers.0." in name and "lora" in name]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+
+    class Thaw(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **_):
+            for parameter in frozen:
+                parameter.requires_grad_(state.epoch >= 1)
+
+    ema = EMACallback()
+    optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "lora" in n], lr=1e-2)
+    trainer = make_trainer(
+        "plain",
+        model,
+        rows=4,
+        max_steps=4,
+        trainer_options={"callbacks": [Thaw(), ema], "optimizers": (optimizer, None)},
+    )
+    trainer.train()
+    assert set(ema.state_dict()["average"]) == set(trainable(model))
+    assert any(".layers.0." in name for name in ema.state_dict()["average"])
+
+
+@pytest.mark.parametrize("attach", [False, True], ids=["plain", "attached"])
+def test_one_callback_and_two_trainers(attach, make_trainer):
+    ema = EMACallback(half_life_steps=2)
+    first, second = (make_trainer("plain", adapted(), trainer_options={"callbacks": [ema]}) for _ in range(2))
+    if attach:
+        ema.attach(first)
+        with pytest.raises(ForgeError, match="attached to another trainer"):
+            ema.attach(second)
+        first.train()
+        with pytest.raises(ForgeError, match="attached to another trainer"):
+            second.train()
+    else:
+        first.train()
+        second.train()
+        rows = lm_tokens(4)
+        score = second.evaluate(rows)["eval_loss"]
+        with ema.swapped(second.model):
+            assert second.evaluate(rows)["eval_loss"] == score
+
+
+@pytest.mark.parametrize("attach", [False, True], ids=["plain", "attached"])
+def test_a_callback_that_was_removed_is_gone(attach, make_trainer):
+    rows = lm_tokens(8, seed=5)
+    ema = EMACallback()
+    trainer = make_trainer(
+        "plain", learning_rate=1e-2, per_device_eval_batch_size=8, trainer_options={"callbacks": [ema]}
+    )
+    if attach:
+        ema.attach(trainer)
+    trainer.train()
+    trainer.remove_callback(ema)
+    trainer.train()
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(loss_of(trainer.model, rows), abs=1e-6)
+
+
+def test_a_new_callback_on_the_same_trainer(make_trainer):
+    trainer = make_trainer("plain", trainer_options={"callbacks": [EMACallback()]})
+    trainer.train()
+    trainer.remove_callback(EMACallback)
+    fresh = EMACallback(half_life_steps=1)
+    trainer.add_callback(fresh)
+    trainer.train()
+    assert fresh.steps == 2
+
+
+def test_two_averages_in_one_list_are_refused(make_trainer):
+    trainer = make_trainer("plain", trainer_options={"callbacks": [EMACallback(evaluate=False)]})
+    trainer.callback_handler.callbacks.append(EMACallback(evaluate=False))
+    with pytest.raises(ConflictError, match="Two EMACallbacks"):
+        trainer.train()
+
+
+def test_an_interrupted_run_leaves_earlier_checkpoints_alone(make_trainer, tmp_path):
+    """The Trainer asks for the state of its callbacks at the beginning of every train(), too."""
+    rows = lm_tokens(4)
+    _, trainer = saving(make_trainer, eval_strategy="steps", eval_steps=2, trainer_options={"eval_dataset": rows})
+    trainer.train()
+    kept = (tmp_path / "checkpoint-2" / "ema" / "average.safetensors").read_bytes()
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    ema, trainer = saving(make_trainer, eval_strategy="steps", eval_steps=2, trainer_options={"eval_dataset": rows})
+    inner, trainer.evaluate = trainer.evaluate, interrupt
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.evaluate = inner
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert (tmp_path / "checkpoint-2" / "ema" / "average.safetensors").read_bytes() == kept
+    assert ema.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"layer_replication": [(0, 1), (0, 2)]}, "layer_replication"),
+    ],
+)
+def test_adapters_that_could_not_be_resumed_are_refused(changes, says, make_trainer):
+    """A second loading would change the base weights again (PiSSA, OLoRA), or is not allowed."""
+    trainer = make_trainer("plain", adapted(**changes), trainer_options={"callbacks": [EMACallback()]})
+    with pytest.raises(UnsupportedError, match=f"{says}.*could not resume.*save=False"):
+        trainer.train()
+    trainer = make_trainer("plain", adapted(**changes), trainer_options={"callbacks": [EMACallback(save=False)]})
+    trainer.train()
+
+
+def test_prompt_tuning_is_refused(make_trainer):
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(text_model(layers=2), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(UnsupportedError, match="peft_type=PROMPT_TUNING"):
+        make_trainer("plain", model, trainer_options={"callbacks": [EMACallback()]}).train()
+
+
+@pytest.mark.parametrize("kind", ["dora", "modules_to_save", "tokens", "gaussian", "ia3", "vera"])
+def test_resuming_other_adapters_is_exact(kind, make_trainer, tmp_path):
+    from peft import IA3Config, VeraConfig, get_peft_model
+
+    config = {
+        "dora": lambda: lora(use_dora=True),
+        "modules_to_save": lambda: lora(modules_to_save=["lm_head"]),
+        "tokens": lambda: lora(trainable_token_indices={"embed_tokens": [3, 4]}),
+        "gaussian": lambda: lora(init_lora_weights="gaussian"),
+        "ia3": lambda: IA3Config(task_type="CAUSAL_LM"),
+        "vera": lambda: VeraConfig(r=4, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"),
+    }[kind]
+
+    def run(resume):
+        torch.manual_seed(7)
+        model = get_peft_model(text_model(layers=2), config())
+        ema, trainer = saving(make_trainer, "plain", model)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
+        return ema.state_dict()["average"], {name: value.clone() for name, value in model.named_parameters()}
+
+    straight, resumed = run(resume=False), run(resume=True)
+    same(straight[0], resumed[0])
+    same(straight[1], resumed[1])
+
+
+def test_update_every_longer_than_the_run_is_refused(make_trainer):
+    trainer = make_trainer("plain", max_steps=2, trainer_options={"callbacks": [EMACallback(update_every=3)]})
+    with pytest.raises(ConflictError, match="update_every=3 is more than the run's max_steps=2"):
+        trainer.train()
+
+
+def test_an_encoder_decoder_needs_attach(make_trainer):
+    trainer = make_trainer("plain", trainer_options={"callbacks": [EMACallback()]})
+    trainer.model.config.is_encoder_decoder = True
+    trainer.state.max_steps = 2
+    with pytest.raises(UnsupportedError, match=r"encoder-decoder.*ema\.attach"):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
 def test_forgetting_to_restore_inside_training(make_trainer):
@@ -518,6 +704,8 @@ def test_before_any_training():
         ({"decay": 999}, ForgeError, "decay=999"),
         ({"decay": "0.9"}, ForgeError, "decay='0.9'"),
         ({"half_life_steps": 0}, ForgeError, "half_life_steps=0"),
+        ({"half_life_steps": True}, ForgeError, "half_life_steps=True"),
+        ({"half_life_steps": float("inf")}, ForgeError, "half_life_steps=inf"),
         ({"update_every": 0}, ForgeError, "update_every=0"),
         ({"resume_from": "nowhere"}, ForgeError, "nowhere holds no average"),
     ],
@@ -586,6 +774,7 @@ def test_an_adapter_called_ema_is_refused(make_trainer):
 def test_torch_compile_needs_attach(make_trainer):
     trainer = make_trainer("plain", trainer_options={"callbacks": [EMACallback()]})
     trainer.args.torch_compile = True
+    trainer.state.max_steps = 2
     with pytest.raises(UnsupportedError, match=r"ema\.attach"):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
 

@@ -132,6 +132,18 @@ def test_a_dead_adapter_is_noticed(tmp_path):
     assert "gradients of mlp have been exactly 0" in event.message
 
 
+def test_a_dead_adapter_is_noticed_where_nothing_is_logged(tmp_path):
+    model = get_peft_model(text_model(layers=2), lora(target_modules=["q_proj", "gate_proj"], layers_to_transform=[0]))
+    model.get_base_model().model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * 0)
+    monitor = MonitorCallback(display=False)
+    subject = trainer(
+        "plain", tmp_path, model, max_steps=4, logging_strategy="no", trainer_options={"callbacks": [monitor]}
+    )
+    monitor.attach(subject)
+    subject.train()
+    assert [event.kind for event in monitor.events] == ["zero_gradient"]
+
+
 def test_a_healthy_adapter_is_not(tmp_path):
     """lora_A's gradient is exactly 0 at the first step, and at the second after a learning rate of 0."""
     monitor = MonitorCallback(display=False)
@@ -277,6 +289,36 @@ class _SlowCollator:
         return {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "attention_mask", "labels")}
 
 
+def test_an_entry_that_is_not_a_dict_is_not_counted():
+    subject = Throughput(None, None)
+    subject.count((torch.ones(2, 3), torch.ones(2)))
+    subject.count({"input_ids": [[1, 2]]})
+    assert subject.real_tokens is None
+
+
+def test_one_bad_group_does_not_hide_the_others():
+    from forge.callbacks.monitor.gradients import GradientGroups
+
+    model = text_model(layers=1)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    model.model.layers[0].self_attn.q_proj.weight.grad[0, 0] = math.nan
+    groups = GradientGroups(model)
+    norms = dict(zip(groups.names, groups.norms().tolist(), strict=False))
+    assert math.isnan(norms["attention"])
+    assert norms["mlp"] == pytest.approx(math.sqrt(3 * 32 * 48))
+
+
+def test_overflows_do_not_make_groups_look_dead():
+    from forge.callbacks.monitor.gradients import GradientGroups
+
+    model = text_model(layers=1)
+    groups = GradientGroups(model)
+    for total, expected in ((math.inf, 0), (0.0, 1), (math.nan, 1), (1.0, 2)):
+        groups.count_zeros(torch.tensor([0.0] * len(groups.names) + [total]))
+        assert groups.zero_streak.tolist() == [expected] * len(groups.names)
+
+
 def test_no_mfu_where_the_device_is_not_known(tmp_path):
     monitor = MonitorCallback(display=False)
     subject = trainer("plain", tmp_path, bf16=True, trainer_options={"callbacks": [monitor]})
@@ -343,7 +385,7 @@ def test_the_journal_of_a_run_that_was_killed_and_resumed(tmp_path):
     json.loads((tmp_path / journal.FILE).read_text().splitlines()[0])
     journal.Journal(tmp_path)  # another run: the first is kept
     assert len(journal.read(tmp_path / "metrics.1.jsonl")) == 3
-    assert not (tmp_path / journal.FILE).exists()
+    assert journal.read(tmp_path / journal.FILE) == []
 
 
 def test_the_report(tmp_path):
@@ -389,7 +431,7 @@ def test_the_report_of_a_crash(tmp_path):
 # ---- what it survives
 
 
-def test_a_full_disk_and_a_report_that_fails(tmp_path, monkeypatch):
+def test_a_full_disk_and_a_report_that_fails(tmp_path, monkeypatch, caplog):
     from pathlib import Path
 
     from forge.callbacks.monitor import report
@@ -408,8 +450,13 @@ def test_a_full_disk_and_a_report_that_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "open", full)
     monkeypatch.setattr(report, "write", fail)
-    subject.train()
+    with caplog.at_level("WARNING", "forge.monitor"):
+        subject.train()
     assert subject.state.global_step == 2
+    assert [record.message.split(":")[0].rpartition("/")[2] for record in caplog.records] == [
+        "metrics.jsonl is no longer written",
+        "the report was not written",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -461,6 +508,52 @@ def test_two_trainings_evaluation_only_and_resume(tmp_path):
     assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3, 4]
 
 
+def test_one_monitor_and_two_trainers(tmp_path):
+    monitor = MonitorCallback(display=False)
+    first, second = (trainer("plain", tmp_path, trainer_options={"callbacks": [monitor]}) for _ in range(2))
+    monitor.attach(first)
+    first.train()
+    with pytest.raises(ForgeError, match="attached to another trainer"):
+        second.train()
+
+
+def test_a_monitor_that_was_removed_is_gone(tmp_path):
+    monitor = MonitorCallback(display=False)
+    subject = trainer("plain", tmp_path, logging_nan_inf_filter=False, trainer_options={"callbacks": [monitor]})
+    monitor.attach(subject)
+    subject.train()
+    subject.remove_callback(monitor)
+    subject.train()
+    assert not any("tokens_per_second" in entry for entry in subject.state.log_history)
+
+
+def test_it_can_be_copied_before_it_is_attached():
+    import copy
+    import pickle
+
+    assert repr(copy.deepcopy(MonitorCallback(on_nan="skip"))) == repr(
+        pickle.loads(pickle.dumps(MonitorCallback(on_nan="skip")))
+    )
+
+
+def test_logs_of_the_users_own(tmp_path):
+    import numpy as np
+
+    monitor = MonitorCallback(display=False, report_dir=tmp_path / "report")
+
+    class Own(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            subject.log({"own": np.float32(0.5)})
+
+    subject = trainer("plain", tmp_path, trainer_options={"callbacks": [Own(), monitor]})
+    monitor.attach(subject)
+    subject.train()
+    subject.log({"loss": 1.0})
+    assert "tokens_per_second" not in subject.state.log_history[-1]
+    entries = journal.read(tmp_path / "report" / "metrics.jsonl")
+    assert [entry["own"] for entry in entries if "own" in entry] == [0.5, 0.5]
+
+
 def test_attach_alone_is_enough(tmp_path):
     monitor = MonitorCallback(display=False)
     subject = trainer("plain", tmp_path)
@@ -485,5 +578,9 @@ def test_a_report_dir_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ForgeError, match="is a file"):
         MonitorCallback(report_dir=tmp_path / "file")
+    with pytest.raises(ForgeError, match=r"has no metrics\.jsonl yet"):
+        MonitorCallback(report_dir=tmp_path / "new").write_report()
+    with pytest.raises(ForgeError, match="cannot be written"):
+        journal.Journal(tmp_path / "file" / "below")
     with pytest.raises(ForgeError, match=r"MonitorCallback\(report_dir="):
         MonitorCallback().write_report()

@@ -167,6 +167,30 @@ def test_stop_ends_with_a_checkpoint_of_finite_weights(kind, accumulation, where
     assert again.state.global_step == 5
 
 
+def test_stop_leaves_a_checkpoint_with_save_strategy_best_too(tmp_path):
+    from support.data import lm_tokens
+
+    monitor = MonitorCallback(on_nan="stop", display=False)
+    subject = trainer(
+        "plain", tmp_path, text_model(layers=2), max_steps=5, save_strategy="best", eval_strategy="steps", eval_steps=1,
+        learning_rate=0.0, metric_for_best_model="loss",  # no step is better than the first
+        trainer_options={"callbacks": [monitor], "eval_dataset": lm_tokens(2)},
+    )  # fmt: skip
+    monitor.attach(subject)
+    with inject_nan(subject, step=BAD):
+        subject.train()
+    assert (tmp_path / f"checkpoint-{BAD}").is_dir()
+
+
+def test_stop_does_not_save_weights_that_are_bad_themselves(tmp_path):
+    spy = Spy()
+    subject, monitor = monitored("plain", tmp_path, on_nan="stop", spy=spy, save_strategy="steps", save_steps=1)
+    with inject_nan(subject, step=BAD, where="weight"):
+        subject.train()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    assert "itself is not finite: no checkpoint is written" in monitor.events[-1].message
+
+
 def test_raise_raises_before_the_weights_change(tmp_path):
     spy = Spy()
     subject, monitor = monitored("sft", tmp_path, on_nan="raise", spy=spy)

@@ -54,22 +54,30 @@ class EMA:
         first_of: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in dict(tensors).items():
             first_of.setdefault(id(tensor), (name, tensor))
-        self.tensors: dict[str, Tensor] = dict(first_of.values())
+        self.tensors: dict[str, Tensor] = {}
+        self.average: dict[str, Tensor] = {}
+        self.updates = 0
+        self._device = device
+        self.add(dict(first_of.values()))
         if not self.tensors:
             raise ForgeError("There is nothing to average: no tensor was given. Unfreeze parameters or add an adapter.")
-        for name, tensor in self.tensors.items():
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Average more tensors, from what they are now.
+
+        Raises:
+            ForgeError: A tensor holds no floating-point values of its own; nothing has been added then.
+        """
+        for name, tensor in tensors.items():
             if not tensor.is_floating_point() or tensor.is_meta:
                 raise ForgeError(
                     f"{name} is {tensor.dtype} on {tensor.device}: only floating-point values that are in memory can "
                     "be averaged."
                 )
-        self.average: dict[str, Tensor] = {
-            name: tensor.detach().to(
-                device or tensor.device, torch.promote_types(tensor.dtype, torch.float32), copy=True
-            )
-            for name, tensor in self.tensors.items()
-        }
-        self.updates = 0
+        for name, tensor in tensors.items():
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            self.tensors[name] = tensor
+            self.average[name] = tensor.detach().to(self._device or tensor.device, wide, copy=True)
         self._groups = self._grouped()
 
     @torch.no_grad()
@@ -86,21 +94,6 @@ class EMA:
             torch._foreach_lerp_(shadows, here, 1 - decay)
         self.updates += 1
 
-    @torch.no_grad()
-    def copy_to(self, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Write the average into tensors of the same names, each in its own dtype and on its own device.
-
-        Args:
-            tensors: By default those that are averaged.
-
-        Raises:
-            ForgeError: Names or shapes are not those of the average; nothing has been written then.
-        """
-        targets = self.tensors if tensors is None else tensors
-        self._check(targets, "The model")
-        for name, shadow in self.average.items():
-            targets[name].detach().copy_(shadow)
-
     def state_dict(self) -> dict[str, Any]:
         """`{"average": {name: tensor}, "updates": int}`; the tensors are copies."""
         return {"average": {name: shadow.clone() for name, shadow in self.average.items()}, "updates": self.updates}
@@ -112,23 +105,10 @@ class EMA:
         Raises:
             ForgeError: Names or shapes are not those of the average; nothing has changed then.
         """
-        self._check(state["average"], "The saved average")
+        check_same(self.average, state["average"], "The saved average")
         for name, shadow in self.average.items():
             shadow.copy_(state["average"][name])
         self.updates = int(state["updates"])
-
-    def _check(self, tensors: Mapping[str, Tensor], whose: str) -> None:
-        if missing := [name for name in self.average if name not in tensors]:
-            raise ForgeError(
-                f"{whose} lacks {len(missing)} of the {len(self.average)} averaged tensors, the first being "
-                f"{missing[0]!r}. It must have the same layers and the same adapter, not yet merged."
-            )
-        for name, shadow in self.average.items():
-            if tensors[name].shape != shadow.shape:
-                raise ForgeError(
-                    f"{name} has the shape {tuple(tensors[name].shape)}, and its average {tuple(shadow.shape)}. "
-                    "Rank and base model must be those of the run that was averaged."
-                )
 
     def _grouped(self) -> list[tuple[list[Tensor], list[Tensor]]]:
         """Shadows and tensors that one kernel can take together, in parts where they must be converted first."""
@@ -149,3 +129,22 @@ class EMA:
     def __repr__(self) -> str:
         numbers = sum(shadow.numel() for shadow in self.average.values())
         return f"EMA({len(self.average)} tensors, {numbers:,} numbers, {self.updates} updates)"
+
+
+def check_same(average: Mapping[str, Tensor], tensors: Mapping[str, Tensor], whose: str) -> None:
+    """Raise unless every averaged tensor has its like.
+
+    Raises:
+        ForgeError: Names or shapes are not those of the average.
+    """
+    if missing := [name for name in average if name not in tensors]:
+        raise ForgeError(
+            f"{whose} lacks {len(missing)} of the {len(average)} averaged tensors, the first being {missing[0]!r}. It "
+            "must have the same layers and the same adapter, not merged: after training, that is trainer.model."
+        )
+    for name, shadow in average.items():
+        if tensors[name].shape != shadow.shape:
+            raise ForgeError(
+                f"{name} has the shape {tuple(tensors[name].shape)}, and its average {tuple(shadow.shape)}. Rank and "
+                "base model must be those of the run that was averaged."
+            )

@@ -8,13 +8,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ...errors import ForgeError, ForgeWarning
+from ...errors import ConflictError, ForgeError, ForgeWarning
+from ..stack import called_from
 from . import checkpoint, support
+from .applied import Applied, named_as, named_parameters, trainable
 from .average import EMA
 from .decay import Decay, check
 from .evaluation import EvaluationSwap
@@ -24,6 +26,15 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+
+class _Run(NamedTuple):
+    """The `train()` that is going on, for `state()`, which is called without them."""
+
+    args: TrainingArguments
+    state: TrainerState
+    model: nn.Module
+    processing_class: Any
 
 
 class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers carries no types
@@ -98,59 +109,54 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
         elif resume_from is not None:
             self._start = checkpoint.SavedAverage.read(Path(resume_from))
         self._ema: EMA | None = None
-        self._raw: dict[str, Tensor] | None = None
+        self._applied = Applied()
         self._swap: EvaluationSwap | None = None
-        self.attached = False
+        self._trainer: Trainer | None = None
         self._schedule = Decay(0.5)
         self._saved = {"token": "", "folder": ""}
-        self._run: tuple[TrainingArguments, TrainerState, TrainerControl, nn.Module, Any] | None = None
+        self._run: _Run | None = None
 
     # ---- for the user
 
     def apply_ema(self, model: nn.Module) -> None:
         """Put the average into the model, and keep the raw weights for `restore`. A second call changes nothing.
 
+        Args:
+            model: The one that was trained (`trainer.model`), or another with the same parameters.
+
         Raises:
-            ForgeError: There is no average yet, or the model is not the one that was trained.
+            ForgeError: There is no average yet, the model has other parameters, or another model holds the average.
         """
-        ema = self._require()
-        if self._raw is not None:
-            return
-        tensors = _named_parameters(model)
-        raw = {name: tensors[name].detach().clone() for name in ema.average if name in tensors}
-        ema.copy_to(tensors)
-        self._raw = raw
+        if self._ema is None and isinstance(self._start, checkpoint.SavedAverage):
+            self._applied.apply(self._start.average, named_parameters(model))
+        else:
+            ema = self._require()
+            self._applied.apply(ema.average, named_as(ema.tensors, model))
 
     def restore(self, model: nn.Module) -> None:
         """Put the raw weights back.
 
         Raises:
-            ForgeError: `apply_ema` was not called before.
+            ForgeError: `apply_ema` was not called before, or with another model.
         """
-        import torch
-
-        if self._raw is None:
-            raise ForgeError("There is nothing to restore: apply_ema(model) was not called, or was undone already.")
-        tensors = _named_parameters(model)
-        with torch.no_grad():
-            for name, value in self._raw.items():
-                tensors[name].copy_(value)
-        self._raw = None
+        self._applied.restore(named_as({} if self._ema is None else self._ema.tensors, model))
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[nn.Module]:
         """A `with` block in which the model is its average; the raw weights come back, even on an exception."""
-        if self._raw is not None:  # applied by hand: leave it so
-            yield model
-            return
+        was_applied = bool(self._applied)
         self.apply_ema(model)
         try:
             yield model
         finally:
-            self.restore(model)
+            if not was_applied:  # what was applied by hand stays
+                self.restore(model)
 
     def state_dict(self) -> dict[str, Any]:
         """`{"average": {name: fp32 tensor}, "updates": int, "steps": int}`; the tensors are copies."""
+        if self._ema is None and isinstance(self._start, checkpoint.SavedAverage):
+            average = {name: tensor.clone() for name, tensor in self._start.average.items()}
+            return {"average": average, "updates": self._start.updates, "steps": self._start.steps}
         return {**self._require().state_dict(), "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -173,22 +179,29 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
 
         Returns:
             Itself.
+
+        Raises:
+            ForgeError: It is attached to another trainer.
         """
+        if self._trainer is trainer:
+            return self
+        if self._trainer is not None:
+            raise ForgeError("This EMACallback is attached to another trainer: make one for each trainer.")
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
-        if self.attached:
-            return self
         inner = trainer.evaluation_loop
 
         @wraps(inner)
         def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
-            if not self.evaluate or self._ema is None:
+            listed = self in trainer.callback_handler.callbacks
+            if not (listed and self.evaluate) or self._ema is None:
                 return inner(*args, **kwargs)
+            self._follow(trainer.model)
             with self.swapped(trainer.model):
                 return inner(*args, **kwargs)
 
         trainer.evaluation_loop = evaluation_loop
-        self.attached = True
+        self._trainer = trainer
         return self
 
     # ---- events
@@ -219,32 +232,45 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
             ConflictError: Settings that exclude each other.
             ForgeError: A checkpoint is resumed that has no average.
         """
+        attached = self._is_attached(state)
         support.refuse_arguments(args)
         support.refuse_model(model)
-        support.refuse_settings(self, args, state, model)
-        self._run = (args, state, control, model, kwargs.get("processing_class"))
+        support.refuse_settings(self, args, state, model, attached=attached)
+        support.refuse_optimizer(_innermost(optimizer))
+        name = type(self).__name__
+        if isinstance(state.stateful_callbacks.get(name), list):
+            raise ConflictError(f"Two {name}s are in the list, and a checkpoint has room for one average. Keep one.")
         self._schedule = Decay.for_run(
             self.decay, self.half_life_steps, state.max_steps, update_every=self.update_every
         )
-        self._raw = None
-        if self._swap is not None:
-            self._swap.remove()
         resumed = state.global_step > 0
         if resumed:
             checkpoint.drop_adapter_that_resuming_added(model)
-        self._ema = EMA(_trainable(model), device=self.device)
+            self._start = self._start or checkpoint.find_resumed(name, args, state)
+        self._applied.forget()
+        self._ema = EMA(trainable(model), device=self.device)
         self.steps = 0
-        self._begin_at(
-            checkpoint.find_resumed(type(self).__name__, args, state)
-            if resumed and self._start is None
-            else self._start
-        )
+        self._begin_at(self._start)
         self._start = None
+        self._run = _Run(args, state, model, kwargs.get("processing_class"))
         # A checkpoint that was saved without this callback has no entry for it, and the Trainer does not add one.
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        if self.evaluate and not self.attached:
+        state.stateful_callbacks.setdefault(name, {"args": {}, "attributes": {}})
+        if self._swap is not None:
+            self._swap.remove()
+        if not attached:
             self._swap = EvaluationSwap(self._ema.tensors, self._average_to_evaluate)
             self._swap.install(_innermost(optimizer), model)
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        """Take in what was unfrozen."""
+        self._follow(model)
 
     def on_step_begin(
         self,
@@ -258,7 +284,7 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
         Raises:
             ForgeError: `apply_ema` was called during training and not undone.
         """
-        if self._raw is not None:
+        if self._applied:
             raise ForgeError(
                 "apply_ema(model) was called during training and not undone: the next step would train the average "
                 "and lose the raw weights. Use `with ema.swapped(model): ...`, or call ema.restore(model)."
@@ -315,6 +341,7 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
         """With `load_best_model_at_end`, end with the weights that earned the score: that checkpoint's average."""
         if self._swap is not None:
             self._swap.end()
+            self._swap.training = False
         if self.evaluate and args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._end_at_best(Path(state.best_model_checkpoint), model)
         self._run = None
@@ -324,8 +351,9 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
 
         It asks when the checkpoint's files are there and before older ones are deleted; `on_save` comes after both.
         """
-        if self._run is not None and self._run[2].should_save and self.save:
-            self._write()
+        # It also asks when it builds its state for a new train(), which may follow an interrupted one.
+        if self._run is not None and self.save and called_from("_save_checkpoint"):
+            self._write(self._run)
         return {"args": {}, "attributes": {"saved": dict(self._saved)}}
 
     # ---- behind them
@@ -336,8 +364,22 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
         return self._ema
 
     def _average_to_evaluate(self) -> Mapping[str, Tensor] | None:
-        applied = self._raw is not None
-        return None if applied or self._ema is None else self._ema.average
+        if self._applied or not self.evaluate or self._ema is None:
+            return None
+        if self._run is not None:
+            self._follow(self._run.model)
+        return self._ema.average
+
+    def _is_attached(self, state: TrainerState) -> bool:
+        if self._trainer is not None and self._trainer.state is not state:
+            raise ForgeError("This EMACallback is attached to another trainer: make one for each trainer.")
+        return self._trainer is not None
+
+    def _follow(self, model: nn.Module) -> None:
+        """Average what has begun to train since, from what it is now."""
+        ema = self._require()
+        if joined := {name: tensor for name, tensor in trainable(model).items() if name not in ema.tensors}:
+            ema.add(joined)
 
     def _begin_at(self, start: checkpoint.SavedAverage | str | None) -> None:
         if isinstance(start, checkpoint.SavedAverage):
@@ -345,17 +387,15 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
             self.steps = start.steps
 
     def _end_at_best(self, folder: Path, model: nn.Module) -> None:
-        self._raw = None
+        self._applied.forget()
         if checkpoint.find(folder) is None:  # saved before this callback joined: raw weights earned that score
             self._ema = EMA(self._require().tensors, device=self.device)
             return
         self._begin_at(checkpoint.SavedAverage.read(folder))
         self.apply_ema(model)
 
-    def _write(self) -> None:
-        assert self._run is not None
-        args, state, _, model, processing_class = self._run
-        folder = checkpoint.run_folder(args, state) / f"checkpoint-{state.global_step}"
+    def _write(self, run: _Run) -> None:
+        folder = checkpoint.run_folder(run.args, run.state) / f"checkpoint-{run.state.global_step}"
         if not folder.is_dir():
             warnings.warn(
                 f"The average is not in this checkpoint: it was expected at {folder}, and no such folder is there. "
@@ -365,9 +405,10 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
             )
             return
         self._saved = {"token": uuid.uuid4().hex, "folder": str(folder.resolve())}
+        self._follow(run.model)
         ema = self._require()
-        with self.swapped(model):
-            checkpoint.save_model(model, folder / checkpoint.FOLDER, processing_class=processing_class)
+        with self.swapped(run.model):
+            checkpoint.save_model(run.model, folder / checkpoint.FOLDER, processing_class=run.processing_class)
         saved = checkpoint.SavedAverage(ema.average, ema.updates, self.steps, self._saved["token"])
         saved.write(folder / checkpoint.FOLDER)
 
@@ -375,17 +416,6 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
         given = {"decay": self.decay, "half_life_steps": self.half_life_steps}
         inside = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
         return f"{type(self).__name__}({inside})"
-
-
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in _named_parameters(model).items() if tensor.requires_grad}
-
-
-def _named_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by the names that they have without DDP's and torch.compile's wrappers."""
-    while hasattr(model, "_orig_mod") or type(model).__name__ == "DistributedDataParallel":
-        model = getattr(model, "_orig_mod", None) or model.module  # type: ignore[assignment]
-    return dict(model.named_parameters())
 
 
 def _innermost(optimizer: Any) -> Optimizer:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from math import inf, log
+from numbers import Real
 
 from ...errors import ConflictError, ForgeError, ForgeWarning
 
@@ -66,8 +68,6 @@ class Decay:
     @property
     def half_life_steps(self) -> float:
         """Optimizer steps until a weight's share is halved."""
-        from math import log
-
         return log(0.5) / log(self.per_step)
 
     def at(self, updates: int) -> float:
@@ -98,9 +98,13 @@ def check(decay: float | None, half_life_steps: float | None, update_every: int)
         raise ConflictError(
             f"decay={decay} and half_life_steps={half_life_steps} say the same thing: give one of them."
         )
-    if decay is not None and not (isinstance(decay, float) and 0 < decay < 1):
+    if decay is not None and not (_is_number(decay) and 0 < decay < 1):
         raise ForgeError(f"decay={decay!r}: it must be a number between 0 and 1, such as 0.999, both ends excluded.")
-    if half_life_steps is not None and not (isinstance(half_life_steps, int | float) and half_life_steps > 0):
+    if half_life_steps is not None and not (_is_number(half_life_steps) and 0 < half_life_steps < inf):
         raise ForgeError(f"half_life_steps={half_life_steps!r}: it must be a positive number of optimizer steps.")
     if not isinstance(update_every, int) or isinstance(update_every, bool) or update_every < 1:
         raise ForgeError(f"update_every={update_every!r}: it must be a whole number of at least 1.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

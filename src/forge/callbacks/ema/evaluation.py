@@ -9,17 +9,23 @@ around every forward pass of the loop and not around the loop; the exchange move
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ...errors import ConflictError, ForgeWarning
+from ...errors import ForgeWarning
+from ..stack import called_from
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
+
+
+def installed_on(optimizer: Any) -> EvaluationSwap | None:
+    """The swap that this optimizer's `eval` leads to."""
+    owner = getattr(vars(optimizer).get("eval"), "__self__", None)
+    return owner if isinstance(owner, EvaluationSwap) else None
 
 
 class EvaluationSwap:
@@ -28,11 +34,15 @@ class EvaluationSwap:
     Args:
         tensors: The parameters, by name.
         average: Asked at the start of each loop for the values by name, or None for leaving all as it is.
+
+    Attributes:
+        training: Whether the callback's `train()` is going on.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], average: Callable[[], Mapping[str, Tensor] | None]) -> None:
         self._tensors = tensors
         self._average = average
+        self.training = False
         self._staged: list[Tensor] | None = None
         self._wrapped: list[tuple[nn.Module, Any]] = []
         self._depth = 0
@@ -41,21 +51,15 @@ class EvaluationSwap:
         self._modules: list[nn.Module] = []
 
     def install(self, optimizer: Optimizer, model: nn.Module) -> None:
-        """Let the trainer's calls of `optimizer.eval()` and `optimizer.train()` come here.
-
-        Raises:
-            ConflictError: The optimizer has an average of its own (schedule-free).
-        """
+        """Let the trainer's calls of `optimizer.eval()` and `optimizer.train()` come here; an earlier one gives way."""
         from ...models.layers import unwrap
 
-        if hasattr(optimizer, "eval") or hasattr(optimizer, "train"):
-            raise ConflictError(
-                f"{type(optimizer).__name__} evaluates on an average of its own: choose another optimizer, or leave "
-                "EMACallback out."
-            )
+        if (earlier := installed_on(optimizer)) is not None:
+            earlier.remove()
         self._modules = [model] if unwrap(model) is model else [model, unwrap(model)]  # generate() calls the inner one
         self._optimizer = optimizer
-        vars(optimizer).update(eval=self.begin, train=self.end)
+        self.training = True
+        vars(optimizer).update(eval=self.begin, train=self._on_training_step)
 
     def remove(self) -> None:
         """Undo `install`."""
@@ -87,6 +91,12 @@ class EvaluationSwap:
                 module.forward = previous
         self._staged = None
 
+    def _on_training_step(self) -> None:
+        if self.training:
+            self.end()
+        else:  # a train() that never told us that it began: the callback was taken off its trainer
+            self.remove()
+
     def end_of_loop(self) -> None:
         """Stop after a loop that came to its end, and say so when it went past the model's forward."""
         if self._staged is not None and not self._passes:
@@ -101,12 +111,18 @@ class EvaluationSwap:
     def _exchanging(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def exchanged(*args: Any, **kwargs: Any) -> Any:
-            # After an exception in a loop nobody tells us that it is over: the call stack does.
-            if self._staged is None or self._depth or not _called_from("evaluation_loop"):
+            if self._staged is None or self._depth:
+                return forward(*args, **kwargs)
+            if not called_from("evaluation_loop"):
+                self.end()  # the loop ended by an exception outside the model, which nobody tells us
                 return forward(*args, **kwargs)
             self._passes += 1
-            with self._exchange(self._staged):
-                return forward(*args, **kwargs)
+            try:
+                with self._exchange(self._staged):
+                    return forward(*args, **kwargs)
+            except BaseException:
+                self.end()
+                raise
 
         return exchanged
 
@@ -122,12 +138,3 @@ class EvaluationSwap:
             for tensor, value in zip(self._tensors.values(), raw, strict=True):
                 tensor.data = value
             self._depth -= 1
-
-
-def _called_from(function: str) -> bool:
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code.co_name == function:
-            return True
-    return False

@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ...errors import ConflictError, UnsupportedError
 from ..support import refuse, refuse_hidden_gradients
 from .checkpoint import FOLDER
+from .evaluation import installed_on
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerState, TrainingArguments
+
+
+RESUMABLE = ("LORA", "IA3", "VERA")
+"""Kinds of adapter that were resumed with their average beside them (tests/callbacks/test_ema_callback.py)."""
 
 
 class Settings(Protocol):
@@ -18,7 +23,7 @@ class Settings(Protocol):
 
     evaluate: bool
     save: bool
-    attached: bool
+    update_every: int
 
 
 def refuse_arguments(args: TrainingArguments) -> None:
@@ -58,28 +63,82 @@ def refuse_model(model: nn.Module) -> None:
             refuse("EMACallback", f"{name} is offloaded (meta device)", 'Load the model with device_map={"": 0}')
 
 
-def refuse_settings(settings: Settings, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+def refuse_settings(
+    settings: Settings, args: TrainingArguments, state: TrainerState, model: nn.Module, *, attached: bool
+) -> None:
     """Raise for what would be lost or wrong with these settings.
 
     Raises:
-        ConflictError: The best model would be lost, or an adapter stands where the average goes.
+        ConflictError: The best model would be lost, an adapter stands in the way, or there would be no average.
         UnsupportedError: Only `attach` can do it.
     """
-    if settings.save and state.global_step == 0 and FOLDER in getattr(model, "peft_config", {}):
+    if settings.update_every > state.max_steps:
         raise ConflictError(
-            f"An adapter is called {FOLDER!r}, which is the folder of the average in a checkpoint. Name the adapter "
-            "otherwise, or set save=False."
+            f"update_every={settings.update_every} is more than the run's max_steps={state.max_steps}: the average "
+            "would never move. Make it smaller."
         )
     if settings.evaluate and args.load_best_model_at_end and not settings.save:
         raise ConflictError(
             "load_best_model_at_end=True with evaluate=True scores the average and save=False keeps none: the best "
             "would be lost. Set save=True, or evaluate=False."
         )
-    if settings.evaluate and not settings.attached and args.torch_compile:
-        raise UnsupportedError(
-            "With torch_compile=True a plain callback cannot exchange the weights of a forward pass. Call "
-            "ema.attach(trainer) before train(), or set evaluate=False."
+    if settings.save and state.global_step == 0:
+        _refuse_adapters(model)
+    past = [
+        ("torch_compile=True", args.torch_compile),
+        ("an encoder-decoder model", getattr(getattr(model, "config", None), "is_encoder_decoder", False)),
+    ]
+    for what, there in past:
+        if settings.evaluate and not attached and there:
+            raise UnsupportedError(
+                f"With {what} a plain callback cannot exchange the weights of every forward pass. Call "
+                "ema.attach(trainer) before train(), or set evaluate=False."
+            )
+
+
+def refuse_optimizer(optimizer: Any) -> None:
+    """Raise for an optimizer with an average of its own, as schedule-free ones have.
+
+    Raises:
+        ConflictError: It has `eval` and `train` methods.
+    """
+    if installed_on(optimizer) is None and (hasattr(optimizer, "eval") or hasattr(optimizer, "train")):
+        raise ConflictError(
+            f"{type(optimizer).__name__} evaluates on an average of its own: choose another optimizer, or leave "
+            "EMACallback out."
         )
+
+
+def _refuse_adapters(model: Any) -> None:
+    """Raise for adapters that the Trainer could not resume beside their average.
+
+    It loads every folder of a checkpoint that holds an adapter as one more adapter, before any callback is asked. An
+    initialisation that changes the base would change it again then, and some kinds of adapter allow no second one.
+    """
+    remedy = "Set save=False, or change that."
+    configs = getattr(model, "peft_config", {})
+    if FOLDER in configs:
+        raise ConflictError(
+            f"An adapter is called {FOLDER!r}, which is the folder of the average in a checkpoint. Name the adapter "
+            "otherwise, or set save=False."
+        )
+    for name, config in configs.items():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        initialisation = getattr(config, "init_lora_weights", True)
+        for found, bad in (
+            (f"peft_type={kind}", kind not in RESUMABLE),
+            (f"init_lora_weights={initialisation!r}", initialisation not in (True, False, "gaussian")),
+            (f"bias={getattr(config, 'bias', 'none')!r}", getattr(config, "bias", "none") != "none"),
+            ("layer_replication", getattr(config, "layer_replication", None)),
+        ):
+            if bad:
+                raise UnsupportedError(
+                    f"Adapter {name!r} has {found}: with the average in the checkpoint, transformers could not resume "
+                    f"it (it loads the average as a second adapter). {remedy}"
+                )
+    active = getattr(model, "active_adapters", None)
+    if configs and isinstance(active, list) and len(active) > 1:
+        raise UnsupportedError(f"The adapters {active} train together, and the folder holds one. {remedy}")
 
 
 def _is_sharded(parameter: Any) -> bool:

@@ -49,6 +49,8 @@ def attach(trainer: Trainer, callback: Any, listener: Listener, *, quiet: bool =
 
     @wraps(inner)
     def train(*args: Any, **kwargs: Any) -> Any:
+        if callback not in callbacks:  # it was removed
+            return inner(*args, **kwargs)
         output = None
         try:
             with _listening(trainer, listener), _silenced(trainer) if quiet else nullcontext():

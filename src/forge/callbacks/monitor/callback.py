@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -11,9 +10,10 @@ from transformers import TrainerCallback
 
 from ...errors import ForgeError, ForgeWarning, NonFiniteError, UnknownNameError
 from ..support import refuse_hidden_gradients
-from . import attachment, report
+from . import attachment, journal, report
 from .display import Display
 from .events import logger
+from .gradients import first_bad_weight
 from .guard import REMEDY, OnNan, OnSpike
 from .run import MonitoredRun
 
@@ -102,7 +102,8 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
         self.on_spike: OnSpike = on_spike
         self.report_dir = None if report_dir is None else Path(report_dir)
         self.preset = preset
-        self._display = Display() if display else None
+        self.display = display
+        self._display: Display | None = None
         self._trainer: Trainer | None = None
         self._run: MonitoredRun | None = None
 
@@ -128,6 +129,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
             return self
         if self._trainer is not None:
             raise ForgeError("This MonitorCallback is attached to another trainer: make one for each trainer.")
+        self._display = Display() if self.display else None
         quiet = self._display is not None and not self._display.in_notebook
         attachment.attach(trainer, self, self, quiet=quiet)
         self._trainer = trainer
@@ -141,18 +143,21 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
         """
         if self.report_dir is None:
             raise ForgeError("There is no report without a folder: MonitorCallback(report_dir=...).")
+        if not (self.report_dir / journal.FILE).is_file():
+            raise ForgeError(f"{self.report_dir} has no {journal.FILE} yet: it begins with trainer.train().")
         return report.write(self.report_dir, preset=self.preset)
 
     # ---- what attach() makes heard
 
     def on_micro_batch(self, inputs: Any, loss: Tensor) -> Tensor:
         """A micro-batch is over."""
-        return loss if self._run is None else self._run.take_micro_batch(inputs, loss)
+        run = self._running()
+        return loss if run is None else run.take_micro_batch(inputs, loss)
 
     def on_norm(self, norm: Any, max_norm: float) -> None:
         """Gradients were measured and clipped."""
-        if self._run is not None:
-            self._run.take_norm(norm, max_norm)
+        if (run := self._running()) is not None:
+            run.take_norm(norm, max_norm)
 
     def on_leave(self, output: Any) -> Any:
         """`train()` is over, perhaps by an exception."""
@@ -186,10 +191,10 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
         self._leave()
         refuse_hidden_gradients(args, "MonitorCallback")
         self._refuse_bad_weights(model)
-        attached = self._trainer is not None
+        attached = self._is_attached(state)
         if not attached:
             self._say_what_is_missing(args)
-        self._run = MonitoredRun(self, args, state, model, trainer=self._trainer)
+        self._run = MonitoredRun(self, args, state, model, trainer=self._trainer if attached else None)
         self._run.start()
         if self._shows(state) and self._display is not None:
             self._display.start(state.max_steps, step=state.global_step)
@@ -232,6 +237,13 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
             return
         seen = len(run.events.all)
         verdict = run.judge(args, state, optimizer)
+        if verdict == "stop" and (name := first_bad_weight(run.model)) is not None:
+            run.may_save = False
+            run.events.add(
+                state.global_step + 1,
+                "nonfinite",
+                f"{name} itself is not finite: no checkpoint is written. Go back to the last good one.",
+            )
         for event in run.events.all[seen:]:
             self._tell(event)
         if verdict == "raise":
@@ -261,7 +273,8 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
                 left = state.max_steps - state.global_step
                 self._display.count(state.global_step, self._run.throughput.eta_s(left))
             if self._run.stopping:
-                control.should_training_stop = control.should_save = control.should_log = True
+                control.should_training_stop = control.should_log = True
+                control.should_save = self._run.may_save
         return control
 
     def on_log(
@@ -273,9 +286,11 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
         **kwargs: Any,
     ) -> None:
         """Put the truth and the metrics into the entry, for the history and for every callback after this one."""
-        run = self._run
+        run = self._running()
         if run is None or logs is None:
             return
+        if run.stopping:  # the Trainer would evaluate now, and with save_strategy="best" save only after a good score
+            control.should_evaluate, control.should_save = False, run.may_save
         seen = len(run.events.all)
         changes = run.describe(logs, state)
         logs.update(changes)
@@ -314,6 +329,14 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
 
     # ---- behind them
 
+    def _running(self) -> MonitoredRun | None:
+        return self._run if self._run is not None and self._run.running else None
+
+    def _is_attached(self, state: TrainerState) -> bool:
+        if self._trainer is not None and self._trainer.state is not state:
+            raise ForgeError("This MonitorCallback is attached to another trainer: make one for each trainer.")
+        return self._trainer is not None
+
     def _mark(self) -> None:
         if self._run is not None:
             self._run.throughput.mark()
@@ -329,7 +352,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
                 logger.warning("the report was not written: %r. MonitorCallback.write_report() tries again.", error)
 
     def _shows(self, state: TrainerState) -> bool:
-        return self._trainer is not None and bool(state.is_world_process_zero)
+        return self._trainer is not None and self._trainer.state is state and bool(state.is_world_process_zero)
 
     def _tell(self, event: Any) -> None:
         if self._run is not None and self._run.journal is not None:
@@ -338,20 +361,11 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
             self._display.add_event(event)
 
     def _refuse_bad_weights(self, model: nn.Module) -> None:
-        import torch
-
-        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        if not named:
-            return
-        with torch.no_grad():
-            # A sum is finite only if every part of it is; in fp32, and without a copy of the weights.
-            sums = torch.stack([parameter.sum(dtype=torch.float32).cpu() for _, parameter in named])
-        for (name, _), total in zip(named, sums.tolist(), strict=True):
-            if not math.isfinite(total):
-                raise NonFiniteError(
-                    f"{name} holds NaN or infinity before the first step: training on from it is lost. Load the model "
-                    "or the checkpoint again; look at the step that made it."
-                )
+        if (name := first_bad_weight(model)) is not None:
+            raise NonFiniteError(
+                f"{name} holds NaN or infinity before the first step: training on from it is lost. Load the model "
+                "or the checkpoint again; look at the step that made it."
+            )
 
     def _say_what_is_missing(self, args: TrainingArguments) -> None:
         trackers = f", nor reach the trackers ({', '.join(args.report_to)})" if args.report_to else ""

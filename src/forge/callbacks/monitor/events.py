@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 Kind = Literal["nonfinite", "spike", "flat_loss", "zero_gradient", "zero_learning_rate"]
 
@@ -24,10 +24,6 @@ class Event:
     step: int
     kind: Kind
     message: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable form."""
-        return asdict(self)
 
 
 class Events:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -45,25 +46,26 @@ class GradientGroups:
         norms = iter(torch._foreach_norm(present, 2, dtype=torch.float32) if present else ())
         each = torch.stack([zero if gradient is None else next(norms).to(device) for gradient in gradients])
         squares = each.square()
-        return torch.cat([self._membership(device) @ squares, squares.sum()[None]]).sqrt()
+        # Not a product: 0 times the NaN of one group would be everybody's.
+        groups = torch.where(self._membership(device), squares, 0).sum(1)
+        return torch.cat([groups, squares.sum()[None]]).sqrt()
 
     def count_zeros(self, norms: Tensor) -> None:
-        """Count, on the device, how often in a row a group's norm was exactly zero."""
-        groups = norms[:-1]
+        """Count, on the device, how often in a row a group's norm was exactly zero.
+
+        Looks at gradients that are not finite do not count: clipping by an infinite norm makes the finite ones 0.
+        """
+        groups, total = norms[:-1], norms[-1]
         if self.zero_streak is None:
             self.zero_streak = torch.zeros_like(groups)
-        self.zero_streak = torch.where(groups == 0, self.zero_streak + 1, 0)
-
-    def drop(self) -> None:
-        """Throw the gradients away: the optimizer passes over parameters without one, its state included."""
-        for parameter in self.parameters:
-            parameter.grad = None
+        counted = torch.where(groups == 0, self.zero_streak + 1, 0)
+        self.zero_streak = torch.where(total.isfinite(), counted, self.zero_streak)
 
     def _membership(self, device: torch.device) -> Tensor:
         if self._matrix is None or self._matrix.device != device:
-            matrix = torch.zeros(len(self.names), len(self.parameters))
+            matrix = torch.zeros(len(self.names), len(self.parameters), dtype=torch.bool)
             for row, members in enumerate(self._members):
-                matrix[row, members] = 1
+                matrix[row, members] = True
             self._matrix = matrix.to(device)
         return self._matrix
 
@@ -102,6 +104,15 @@ class UpdateRatio:
         ]
         ratio: Tensor = sizes[0].norm() / sizes[1].norm()
         return ratio
+
+
+@torch.no_grad()
+def first_bad_weight(model: nn.Module) -> str | None:
+    """The name of a trainable parameter that holds NaN or infinity; a read for each parameter."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    # A sum is finite only if every part of it is; in fp32, and without a copy of the weights.
+    sums = [parameter.sum(dtype=torch.float32).item() for _, parameter in named]
+    return next((name for (name, _), total in zip(named, sums, strict=True) if not math.isfinite(total)), None)
 
 
 def _groups_of(name: str, model: nn.Module) -> list[str]:

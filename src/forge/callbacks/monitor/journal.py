@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from ...errors import ForgeError
 from .events import Event, logger
 
 FILE = "metrics.jsonl"
@@ -25,9 +27,13 @@ class Journal:
 
     def __init__(self, folder: Path, *, step: int = 0) -> None:
         self._lost = False
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / FILE
-        self._keep_earlier(step)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._keep_earlier(step)
+            self.path.touch()
+        except OSError as error:
+            raise ForgeError(f"report_dir={str(folder)!r} cannot be written ({error}): name another folder.") from error
 
     def add(self, step: int, values: dict[str, Any]) -> None:
         """Write an entry of the log."""
@@ -75,9 +81,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if isinstance(value, bool | int | float | str) or value is None else str(value)
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, Real):  # numpy's numbers too
+        return float(value) if math.isfinite(value) else str(float(value))
+    return str(value)
 
 
 def _number(value: Any) -> Any:

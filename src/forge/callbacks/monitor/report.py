@@ -66,7 +66,7 @@ def write(folder: Path, *, preset: Preset | None = None, title: str = "Training 
     entries = journal.read(folder / journal.FILE)
     events = [entry for entry in entries if "event" in entry]
     logs = [entry for entry in entries if "event" not in entry]
-    final = next((entry for entry in reversed(logs) if "train_loss" in entry), None)
+    final = logs[-1] if logs and "train_loss" in logs[-1] else None  # an earlier one is of a run that was resumed
     last = max((entry["step"] for entry in entries), default=0)
     page = Page(title, f"{last} steps" + ("" if final else ", not ended: it was stopped or is still running"))
     page.facts(_facts(logs, final))

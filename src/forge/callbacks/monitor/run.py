@@ -65,6 +65,8 @@ class MonitoredRun:
         self.update_ratio = UpdateRatio(self.groups.parameters) if self.groups is not None else None
         self.device = args.device
         self.stopping = False
+        self.may_save = True
+        self.model = model
         self.attached = trainer is not None
         self.system = SystemSampler()
         half = args.bf16 or args.fp16 or getattr(model, "dtype", None) in (torch.bfloat16, torch.float16)
@@ -175,6 +177,8 @@ class MonitoredRun:
         return changes
 
     def _final(self) -> dict[str, float]:
+        if self.groups is not None and self.groups.zero_streak is not None:
+            self._report_dead(self.groups.zero_streak.tolist())  # where nothing was logged, nobody has looked yet
         if not self.guard.bad_steps:
             return {}
         loss = {"train_loss": self.loss.mean} if self.loss.nonfinite else {}
@@ -201,15 +205,14 @@ class MonitoredRun:
             groups = dict(zip(self.groups.names, each, strict=True))
         if streak is not None and self.groups is not None:
             count = len(self.groups.names)
-            self._report_dead(
-                [name for name, looks in zip(self.groups.names, values[:count], strict=True) if looks >= DEAD_AFTER]
-            )
+            self._report_dead(values[:count])
             del values[:count]
         ratio_value = values.pop(0) if ratio is not None else None
         return groups, ratio_value, values.pop(0) if tokens is not None else 0.0
 
-    def _report_dead(self, names: list[str]) -> None:
-        for name in names:
+    def _report_dead(self, streaks: list[float]) -> None:
+        assert self.groups is not None
+        for name in [name for name, looks in zip(self.groups.names, streaks, strict=True) if looks >= DEAD_AFTER]:
             self.events.add_once(
                 self._step,
                 "zero_gradient",

@@ -64,10 +64,10 @@ class Throughput:
         """Count an optimizer step."""
         self._steps_done += 1
 
-    def count(self, inputs: Mapping[str, Any]) -> None:
-        """Count a micro-batch by its shapes; what is padding is summed on the device."""
-        ids = inputs.get("input_ids")
-        if ids is None or ids.dim() != 2:
+    def count(self, inputs: Any) -> None:
+        """Count a micro-batch by its shapes, if it has any; what is padding is summed on the device."""
+        ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+        if ids is None or getattr(ids, "ndim", 0) != 2:
             return
         rows, length = ids.shape
         boundaries = inputs.get("cu_seq_lens_q")
@@ -77,7 +77,7 @@ class Throughput:
         self._computed += ids.numel()
         self._samples += rows // 2 if self._pairs else rows
         mask = inputs.get("attention_mask")
-        if mask is None:
+        if mask is None or not hasattr(mask, "sum"):
             self._certain += ids.numel()
         else:
             real = mask.sum()
