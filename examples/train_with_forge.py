@@ -24,7 +24,12 @@ from trl import SFTTrainer
 from forge import EMACallback, MonitorCallback, get_preset
 from forge.assets import conversations, smollm2
 
-SMALL_RUN = {"max_steps": 16, "effective_batch_size": 8, "max_length": 128}  # minutes on two cores, not hours
+SMALL_RUN = {
+    "max_steps": 16,
+    "effective_batch_size": 8,
+    "max_length": 128,
+    "logging_steps": 4,
+}  # minutes on two cores, not hours
 
 
 def main() -> None:
