@@ -84,6 +84,8 @@ def test_gradient_norms_are_those_before_clipping(max_grad_norm, attach, tmp_pat
         "lora_A": lambda name: "lora_A" in name,
         "lora_B": lambda name: "lora_B" in name,
     }
+    if not truth.gradients:
+        pytest.skip("this transformers does not measure the norm where nothing is clipped")
     for step, entry in enumerate(logs_of(subject)):
         found = {name.removeprefix("grad_norm/"): entry[name] for name in entry if name.startswith("grad_norm/")}
         assert set(found) == set(parts)

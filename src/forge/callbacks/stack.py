@@ -6,17 +6,15 @@ import sys
 from types import FrameType
 
 
-def called_from(function: str) -> bool:
-    """Whether a function of this name is among the callers.
+def caller(function: str) -> FrameType | None:
+    """The innermost frame of a function of this name among the callers, None when it is not running.
 
     >>> def evaluation_loop():
-    ...     return called_from("evaluation_loop")
-    >>> evaluation_loop(), called_from("evaluation_loop")
-    (True, False)
+    ...     return caller("evaluation_loop") is not None
+    >>> evaluation_loop(), caller("evaluation_loop")
+    (True, None)
     """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == function:
-            return True
+    while frame is not None and frame.f_code.co_name != function:
         frame = frame.f_back
-    return False
+    return frame

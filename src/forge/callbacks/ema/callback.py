@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ...errors import ConflictError, ForgeError, ForgeWarning
-from ..stack import called_from
+from ..stack import caller
 from . import checkpoint, support
 from .applied import Applied, named_as, named_parameters, trainable
 from .average import EMA
@@ -245,8 +245,13 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
         )
         resumed = state.global_step > 0
         if resumed:
-            checkpoint.drop_adapter_that_resuming_added(model)
-            self._start = self._start or checkpoint.find_resumed(name, args, state)
+            given = self._start.folder if isinstance(self._start, checkpoint.SavedAverage) else None
+            folder = checkpoint.locate(name, args, state, given=given)
+            if self._start is None:
+                if folder is None:
+                    raise checkpoint.not_found(name, state)
+                self._start = checkpoint.SavedAverage.read(folder)
+            checkpoint.mend_adapters(model, folder)
         self._applied.forget()
         self._ema = EMA(trainable(model), device=self.device)
         self.steps = 0
@@ -352,7 +357,7 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
         It asks when the checkpoint's files are there and before older ones are deleted; `on_save` comes after both.
         """
         # It also asks when it builds its state for a new train(), which may follow an interrupted one.
-        if self._run is not None and self.save and called_from("_save_checkpoint"):
+        if self._run is not None and self.save and caller("_save_checkpoint") is not None:
             self._write(self._run)
         return {"args": {}, "attributes": {"saved": dict(self._saved)}}
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import ConflictError, ForgeError
+from ...errors import ForgeError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,12 +38,14 @@ class SavedAverage:
         updates: How often the average was updated.
         steps: Optimizer steps that were taken, skipped ones not counted.
         token: Which save this is, the same as in trainer_state.json.
+        folder: The checkpoint that it was read from.
     """
 
     average: Mapping[str, Tensor]
     updates: int
     steps: int
     token: str = ""
+    folder: Path | None = None
 
     def write(self, folder: Path) -> None:
         """Write to `folder/average.safetensors`."""
@@ -71,7 +73,7 @@ class SavedAverage:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 average = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-            return cls(average, int(metadata["updates"]), int(metadata["steps"]), metadata["token"])
+            return cls(average, int(metadata["updates"]), int(metadata["steps"]), metadata["token"], path.parent.parent)
         except (SafetensorError, KeyError) as error:
             raise ForgeError(f"{path} is not an average that EMACallback wrote ({error!r}).") from error
 
@@ -96,33 +98,43 @@ def token_of(folder: Path) -> str | None:
     return token
 
 
-def find_resumed(callback: str, args: TrainingArguments, state: TrainerState) -> SavedAverage:
-    """The average of the checkpoint that is resumed, whose path no event is told.
+def locate(callback: str, args: TrainingArguments, state: TrainerState, *, given: Path | None) -> Path | None:
+    """The checkpoint that is resumed, whose path no event is told; None when it has no average or is not found.
 
     Args:
         callback: The class name, under which the Trainer keeps the callback's state.
         args: The trainer's arguments.
         state: The trainer's state, as loaded from the checkpoint.
-
-    Raises:
-        ForgeError: It is in none of the places where it could be.
-        ConflictError: Two averages were saved.
+        given: Where the user says that it may be.
     """
-    entry = state.stateful_callbacks.get(callback) or {}
-    if isinstance(entry, list):
-        raise ConflictError("Two EMACallbacks are in the list, and a checkpoint has room for one average. Keep one.")
-    step, saved = f"checkpoint-{state.global_step}", entry.get("attributes", {}).get("saved", {})
-    given = args.resume_from_checkpoint
-    candidates = [saved.get("folder"), Path(args.output_dir) / step, given if isinstance(given, str) else None]
-    for folder in map(Path, filter(None, candidates)):
-        if saved.get("token") and token_of(folder) == saved["token"]:
-            return SavedAverage.read(folder)
-    why = "was moved" if saved.get("token") else "was saved without EMACallback(save=True)"
-    raise ForgeError(
+    saved = _saved(callback, state)
+    named = args.resume_from_checkpoint
+    candidates = [
+        given,
+        saved.get("folder"),
+        Path(args.output_dir) / f"checkpoint-{state.global_step}",
+        named if isinstance(named, str) else None,
+    ]
+    token = saved.get("token")
+    places = [Path(place) for place in candidates if place]
+    return next((place for place in places if token and token_of(place) == token), None)
+
+
+def not_found(callback: str, state: TrainerState) -> ForgeError:
+    """What to say when a resumed checkpoint's average is not there."""
+    step = f"checkpoint-{state.global_step}"
+    why = "was moved" if _saved(callback, state).get("token") else "was saved without EMACallback(save=True)"
+    return ForgeError(
         f"The average of step {state.global_step} was not found: its checkpoint {why}. Give the place, "
         f'EMACallback(resume_from=".../{step}"), or start a new average at the resumed weights, '
         f'EMACallback(resume_from="{WEIGHTS}").'
     )
+
+
+def _saved(callback: str, state: TrainerState) -> dict[str, str]:
+    entry: Any = state.stateful_callbacks.get(callback) or {}
+    found: dict[str, str] = entry.get("attributes", {}).get("saved", {})
+    return found
 
 
 def run_folder(args: TrainingArguments, state: TrainerState) -> Path:
@@ -136,10 +148,21 @@ def run_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return max(saved, key=lambda run: run.stat().st_mtime, default=output)
 
 
-def drop_adapter_that_resuming_added(model: Any) -> None:
-    """Remove the adapter "ema": the Trainer loads every folder of a checkpoint that holds an adapter as one more."""
-    if FOLDER in getattr(model, "peft_config", {}) and FOLDER not in model.active_adapters:
-        model.delete_adapter(FOLDER)
+def mend_adapters(model: Any, folder: Path | None) -> None:
+    """Undo what the `ema` folder does to a resuming Trainer, which loads every folder with an adapter as one more.
+
+    The adapter "ema" is removed. And the checkpoint's own adapter is loaded: transformers 5.0 leaves it out where there
+    are folders beside it.
+
+    Args:
+        model: The model as the Trainer resumed it.
+        folder: The checkpoint, where it is known.
+    """
+    if FOLDER not in getattr(model, "peft_config", {}) or FOLDER in model.active_adapters:
+        return
+    model.delete_adapter(FOLDER)
+    if folder is not None and (folder / "adapter_config.json").is_file():
+        model.load_adapter(folder, model.active_adapters[0], is_trainable=True)
 
 
 def save_model(model: Any, folder: Path, *, processing_class: Any = None) -> None:

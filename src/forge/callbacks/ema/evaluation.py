@@ -12,10 +12,11 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ForgeWarning
-from ..stack import called_from
+from ..stack import caller
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,6 +48,7 @@ class EvaluationSwap:
         self._wrapped: list[tuple[nn.Module, Any]] = []
         self._depth = 0
         self._passes = 0
+        self._loop: FrameType | None = None
         self._optimizer: Optimizer | None = None
         self._modules: list[nn.Module] = []
 
@@ -72,7 +74,8 @@ class EvaluationSwap:
     def begin(self) -> None:
         """Start: prepare the averaged values, and wrap the model's forward."""
         self.end()
-        average = self._average()
+        self._loop = caller("evaluation_loop")
+        average = None if self._loop is None else self._average()
         if average is None:
             return
         # The same storage where device and dtype are the parameter's own; a copy for this evaluation elsewhere.
@@ -89,7 +92,7 @@ class EvaluationSwap:
             del module.forward
             if previous is not None:  # accelerate and TRL put wrappers of their own there
                 module.forward = previous
-        self._staged = None
+        self._staged = self._loop = None
 
     def _on_training_step(self) -> None:
         if self.training:
@@ -113,8 +116,8 @@ class EvaluationSwap:
         def exchanged(*args: Any, **kwargs: Any) -> Any:
             if self._staged is None or self._depth:
                 return forward(*args, **kwargs)
-            if not called_from("evaluation_loop"):
-                self.end()  # the loop ended by an exception outside the model, which nobody tells us
+            if caller("evaluation_loop") is not self._loop:
+                self.end()  # our loop ended by an exception outside the model, which nobody tells us
                 return forward(*args, **kwargs)
             self._passes += 1
             try:
