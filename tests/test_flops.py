@@ -64,8 +64,10 @@ def adapted_upper_half(family):
 def measured(model):
     """FLOPs of forward, and of forward and backward."""
     ids = torch.arange(TOKENS).view(ROWS, LENGTH)
+    # Gemma 3 with images asks for it in transformers 5.0.
+    more = {"token_type_ids": torch.zeros_like(ids)} if model.config.model_type == "gemma3" else {}
     with FlopCounterMode(display=False) as counter:
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = model(input_ids=ids, labels=ids, use_cache=False, **more).loss
         forward = counter.get_total_flops()
         if loss.requires_grad:
             loss.backward()

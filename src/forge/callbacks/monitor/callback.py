@@ -165,7 +165,13 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
             return output
         self._leave()
         if output is not None and self._run.loss.nonfinite:
-            output = output._replace(training_loss=self._run.loss.mean)
+            # TRL 1.0 logs a copy of these metrics, so the ones that are returned have not been corrected yet.
+            metrics = {
+                **output.metrics,
+                "train_loss": self._run.loss.mean,
+                "nonfinite_steps": self._run.guard.bad_steps,
+            }
+            output = output._replace(training_loss=self._run.loss.mean, metrics=metrics)
         return output
 
     # ---- events
