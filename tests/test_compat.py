@@ -77,3 +77,22 @@ def test_dense_gguf_kwargs_are_known_to_the_installed_transformers(smollm2):
     with safe_open(smollm2 / "model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype.itemsize for name in list(file.keys())[:20]} == {2}
         assert file.get_slice("model.layers.0.self_attn.q_proj.weight").get_shape() == [576, 576]
+
+
+def test_what_the_callbacks_look_for_in_the_trainer():
+    """Names that no documentation promises: src/forge/callbacks asks for them by name."""
+    import inspect
+
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+    from transformers import Trainer
+    from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+
+    for name in ("training_step", "evaluation_loop", "_save_checkpoint", "train"):
+        assert callable(getattr(Trainer, name))
+    assert "self.optimizer.eval()" in inspect.getsource(Trainer.evaluation_loop)
+    assert "self.optimizer.train()" in inspect.getsource(Trainer.training_step)
+    assert "cb.state()" in inspect.getsource(Trainer._save_checkpoint)
+    assert list(inspect.signature(Accelerator.clip_grad_norm_).parameters)[1:3] == ["parameters", "max_norm"]
+    assert {"eval", "train", "step_was_skipped"} <= set(vars(AcceleratedOptimizer))
+    assert all(isinstance(kind, type) for kind in (ExportableState, PrinterCallback, ProgressCallback))

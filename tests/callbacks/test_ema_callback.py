@@ -112,6 +112,14 @@ def test_update_every(make_trainer):
     assert (ema.steps, ema.state_dict()["updates"]) == (5, 2)
 
 
+def test_nothing_is_read_from_the_device(make_trainer, device_reads):
+    trainer = make_trainer("plain", adapted(), max_steps=3, trainer_options={"callbacks": [EMACallback()]})
+    with device_reads() as reads:
+        trainer.train()
+        trainer.evaluate(lm_tokens(2))
+    reads.assert_none(inside="forge", below="transformers")
+
+
 def test_a_dropped_update_does_not_count(make_trainer):
     class Drop(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **_):

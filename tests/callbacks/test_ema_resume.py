@@ -28,14 +28,11 @@ def real(folder):
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from forge import assets, compat
+    from forge import assets
     from support.models import lora
 
     torch.manual_seed(0)
-    path = assets.smollm2()
-    model = AutoModelForCausalLM.from_pretrained(
-        path, gguf_file=next(path.glob("*.gguf")).name, dtype=torch.float32, **compat.dense_gguf_kwargs()
-    )
+    model = AutoModelForCausalLM.from_pretrained(assets.smollm2(), dtype=torch.float32)
     return "plain", get_peft_model(model, lora(lora_dropout=0.1))
 
 
