@@ -94,7 +94,9 @@ def test_an_evaluation_shows_how_far_it_is():
     assert "evaluating: batch 3/8" in text_of(display)
     display.end_evaluation()
     assert "1:02:05 left" in text_of(display)
+    display.show_evaluation([0] * 8)
     display.stop()
+    assert "evaluating" not in display._console.file.getvalue().rpartition("1:02:05 left")[2]
 
 
 def test_display_false_leaves_theirs(tmp_path, capsys):

@@ -114,6 +114,8 @@ class Display:
 
     def stop(self) -> None:
         """Leave the last table standing. May be called twice."""
+        self.end_evaluation()
+        self._draw()
         if self._live is not None:
             self._live.stop()
             self._live = None
