@@ -832,3 +832,15 @@ def test_the_folder_is_not_where_it_was_expected(make_trainer, tmp_path):
     with pytest.warns(ForgeWarning, match="The average is not in this checkpoint"):
         trainer.train()
     assert not list(Path(tmp_path, "odd").glob("**/ema"))
+
+
+def test_a_checkpoint_that_missed_its_average_does_not_take_an_earlier_one(make_trainer, tmp_path):
+    _, trainer = saving(make_trainer)
+    inner = trainer._get_output_dir
+    trainer._get_output_dir = lambda trial: str(tmp_path / "odd") if trainer.state.global_step == 4 else inner(trial)
+    with pytest.warns(ForgeWarning, match="The average is not in this checkpoint"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-2" / "ema").is_dir()
+    _, again = saving(make_trainer, max_steps=6)
+    with pytest.raises(ForgeError, match="The average of step 4 was not found"):
+        again.train(resume_from_checkpoint=str(tmp_path / "odd" / "checkpoint-4"))

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ...errors import ConflictError, ForgeError, ForgeWarning
+from ..attachable import Attachable
 from ..stack import caller
 from . import checkpoint, support
 from .applied import Applied, named_as, named_parameters, trainable
@@ -37,7 +38,7 @@ class _Run(NamedTuple):
     processing_class: Any
 
 
-class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers carries no types
+class EMACallback(Attachable, TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers carries no types
     """Average the trainable weights while they train; evaluate, keep the best and save by the average.
 
     For `Trainer`, `SFTTrainer` and `DPOTrainer`, with adapters, `modules_to_save` or a full model:
@@ -111,9 +112,8 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
         self._ema: EMA | None = None
         self._applied = Applied()
         self._swap: EvaluationSwap | None = None
-        self._trainer: Trainer | None = None
         self._schedule = Decay(0.5)
-        self._saved = {"token": "", "folder": ""}
+        self._saved: dict[str, str] = {}
         self._run: _Run | None = None
 
     # ---- for the user
@@ -183,10 +183,8 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
         Raises:
             ForgeError: It is attached to another trainer.
         """
-        if self._trainer is trainer:
+        if not self._claim(trainer):
             return self
-        if self._trainer is not None:
-            raise ForgeError("This EMACallback is attached to another trainer: make one for each trainer.")
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         inner = trainer.evaluation_loop
@@ -201,18 +199,11 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
                 return inner(*args, **kwargs)
 
         trainer.evaluation_loop = evaluation_loop
-        self._trainer = trainer
         return self
 
     # ---- events
 
-    def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse what cannot be averaged, before anything is loaded or moved."""
         support.refuse_arguments(args)
 
@@ -267,22 +258,13 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
             self._swap.install(_innermost(optimizer), model)
 
     def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Take in what was unfrozen."""
         self._follow(model)
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check that training goes on with the raw weights.
 
@@ -296,12 +278,7 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
             )
 
     def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Optimizer,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Optimizer, **kwargs: Any
     ) -> None:
         """Count the step if it was taken, and update the average when it is due."""
         ema = self._require()
@@ -313,35 +290,19 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
         if self.steps % self.update_every == 0:
             ema.update(self._schedule.at(ema.updates))
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The loop is over."""
         if self._swap is not None:
             self._swap.end_of_loop()
 
     def on_predict(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Any,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
     ) -> None:
         """The loop is over."""
         self.on_evaluate(args, state, control, **kwargs)
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """With `load_best_model_at_end`, end with the weights that earned the score: that checkpoint's average."""
         if self._swap is not None:
@@ -375,11 +336,6 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
             self._follow(self._run.model)
         return self._ema.average
 
-    def _is_attached(self, state: TrainerState) -> bool:
-        if self._trainer is not None and self._trainer.state is not state:
-            raise ForgeError("This EMACallback is attached to another trainer: make one for each trainer.")
-        return self._trainer is not None
-
     def _follow(self, model: nn.Module) -> None:
         """Average what has begun to train since, from what it is now."""
         ema = self._require()
@@ -401,6 +357,7 @@ class EMACallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # tr
 
     def _write(self, run: _Run) -> None:
         folder = checkpoint.run_folder(run.args, run.state) / f"checkpoint-{run.state.global_step}"
+        self._saved = {}  # never the token of an earlier checkpoint, whose average would be taken for this one's
         if not folder.is_dir():
             warnings.warn(
                 f"The average is not in this checkpoint: it was expected at {folder}, and no such folder is there. "

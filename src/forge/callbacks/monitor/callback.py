@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from transformers import TrainerCallback
 
 from ...errors import ForgeError, ForgeWarning, NonFiniteError, UnknownNameError
+from ..attachable import Attachable
 from ..support import refuse_hidden_gradients
 from . import attachment, journal, report
 from .display import Display
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from ...presets import Preset
 
 
-class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
+class MonitorCallback(Attachable, TrainerCallback):  # type: ignore[misc]  # transformers carries no types
     """Keep NaN out of the weights and the log honest; measure the run; leave a report.
 
         monitor = MonitorCallback(report_dir="report")
@@ -104,7 +105,6 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
         self.preset = preset
         self.display = display
         self._display: Display | None = None
-        self._trainer: Trainer | None = None
         self._run: MonitoredRun | None = None
 
     # ---- for the user
@@ -125,14 +125,11 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
         Raises:
             ForgeError: It is attached to another trainer.
         """
-        if self._trainer is trainer:
+        if not self._claim(trainer):
             return self
-        if self._trainer is not None:
-            raise ForgeError("This MonitorCallback is attached to another trainer: make one for each trainer.")
         self._display = Display() if self.display else None
         quiet = self._display is not None and not self._display.in_notebook
         attachment.attach(trainer, self, self, quiet=quiet)
-        self._trainer = trainer
         return self
 
     def write_report(self) -> Path:
@@ -181,12 +178,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
         refuse_hidden_gradients(args, "MonitorCallback")
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Start.
 
@@ -226,12 +218,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
             self._run.throughput.end_step()
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Optimizer,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Optimizer, **kwargs: Any
     ) -> None:
         """Judge the step, and drop its gradients when it must not be taken.
 
@@ -265,11 +252,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
             self._run.measure_update()
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Count the step; stop when it was judged so."""
         if self._run is not None:
@@ -337,11 +320,6 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers ca
 
     def _running(self) -> MonitoredRun | None:
         return self._run if self._run is not None and self._run.running else None
-
-    def _is_attached(self, state: TrainerState) -> bool:
-        if self._trainer is not None and self._trainer.state is not state:
-            raise ForgeError("This MonitorCallback is attached to another trainer: make one for each trainer.")
-        return self._trainer is not None
 
     def _mark(self) -> None:
         if self._run is not None:
