@@ -71,3 +71,57 @@ def checkpointing_names(kwargs: dict[str, Any]) -> dict[str, Any]:
     if any(field.name == "activation_checkpointing" for field in fields(TrainingArguments)):
         return kwargs
     return {name.replace("activation_checkpointing", "gradient_checkpointing"): value for name, value in kwargs.items()}
+
+
+def replace_with_bitsandbytes(model: Any, quantization_config: Any) -> None:
+    """Replace in place the linear layers that `from_pretrained` would pack; what it leaves in 16 bits stays."""
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import HfQuantizer
+
+    kept = HfQuantizer.get_modules_to_not_convert(
+        model, quantization_config.llm_int8_skip_modules, model._keep_in_fp32_modules
+    )
+    replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=quantization_config)
+
+
+def enable_checkpointing(model: Any, *, use_reentrant: bool) -> None:
+    """`activation_checkpointing_enable`, or what it was called before."""
+    kwargs = {"use_reentrant": use_reentrant}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def add_fused_head(model: Any, trainer: str) -> None:
+    """Give the model the LM head that TRL's trainer ("sft", "dpo", or "reference" for DPO's) computes its loss with.
+
+    TRL 1.0 has none: its trainers read whole logits.
+    """
+    try:
+        from trl.trainer.utils import add_fused_lm_head
+    except ImportError:
+        return
+    outputs = {
+        "sft": ("log_probs", "entropy", "is_top1"),
+        "dpo": ("log_probs", "entropy", "mean_logits", "is_top1"),
+        "reference": ("log_probs",),
+    }
+    add_fused_lm_head(model, outputs=outputs[trainer])
+
+
+def disable_dropout(model: Any) -> None:
+    """What DPOTrainer does to a model unless it is told otherwise."""
+    from trl.trainer.utils import disable_dropout_in_model
+
+    disable_dropout_in_model(model)
+
+
+def remove_adapters(module: Any) -> None:
+    """Take the adapters of all PEFT layers inside a module away, and leave the layers that they wrapped."""
+    for name, child in list(module.named_children()):
+        get_base_layer = getattr(child, "get_base_layer", None)
+        if callable(get_base_layer):
+            setattr(module, name, get_base_layer())
+        else:
+            remove_adapters(child)

@@ -1,0 +1,263 @@
+"""What a step allocates and frees, in order: every storage by its size, its category and the phase it happened in.
+
+The tape is a TorchDispatchMode: it sees each operation below autograd, looks at the storages of what comes out, and
+follows each by a weak reference until it dies. It does so alike for real tensors and for fake ones, which have storages
+of the right size and no memory.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .hollow import Shapes
+
+Category = Literal[
+    "parameters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "quantization",
+    "reference_model",
+    "workspace",
+]
+CATEGORIES: tuple[Category, ...] = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "quantization",
+    "reference_model",
+    "workspace",
+)
+
+PARAMETERS = "parameters"
+PAGED = "paged"
+"""The category of what is in managed memory, which PyTorch's allocator does not see."""
+
+ALLOCATOR_BLOCK = 512
+"""Bytes that the CUDA caching allocator rounds to, and counts in `max_memory_allocated`."""
+
+# Kinds of events. An allocation is (ALLOCATED, n, bytes, category, layer), a death (FREED, n), a storage that turns out
+# to be something else (RECATEGORISED, n, category), a new phase (PHASE, name, layer). The layer is a decoder layer's
+# index where the storage belongs to one, or the phase is one's forward or backward; else None.
+ALLOCATED, FREED, RECATEGORISED, PHASE = range(4)
+Event = tuple[Any, ...]
+
+_UNPACKED = ("dequantize_4bit", "dequantize_blockwise")
+
+
+@dataclass
+class Recording:
+    """The events of a tape, and what can be read off them."""
+
+    events: list[Event] = field(default_factory=list)
+
+    def peak(self, block: int = 1) -> Peak:
+        """The instant when most is alive.
+
+        Args:
+            block: round each size up to a multiple of this.
+        """
+        alive: dict[int, tuple[int, str]] = {}
+        totals: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
+        total, highest = 0, -1
+        name, layer = "", None
+        found = Peak("", None, dict(totals))
+        for event in self.events:
+            kind = event[0]
+            if kind == ALLOCATED:
+                size, category = -(-event[2] // block) * block, event[3]
+                if category == PAGED:
+                    continue
+                alive[event[1]] = size, category
+                totals[category] += size
+                total += size
+                if total > highest:
+                    highest, found = total, Peak(name, layer, dict(totals))
+            elif kind == FREED:
+                size, category = alive.pop(event[1], (0, PARAMETERS))
+                totals[category] -= size
+                total -= size
+            elif kind == RECATEGORISED:
+                size, category = alive[event[1]]
+                alive[event[1]] = size, event[2]
+                totals[category] -= size
+                totals[event[2]] += size
+                if total == highest:  # the same instant, better known
+                    found = Peak(found.phase, found.layer, dict(totals))
+            else:
+                name, layer = event[1], event[2]
+        return found
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """The events as `replay` takes them: (n, bytes) for an allocation, (n, -1) for its end."""
+        paged = set()
+        for event in self.events:
+            if event[0] == ALLOCATED:
+                if event[3] == PAGED:
+                    paged.add(event[1])
+                else:
+                    yield event[1], event[2]
+            elif event[0] == FREED and event[1] not in paged:
+                yield event[1], -1
+
+    @property
+    def paged(self) -> int:
+        """Bytes in managed memory."""
+        return sum(event[2] for event in self.events if event[0] == ALLOCATED and event[3] == PAGED)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """An instant.
+
+    Args:
+        phase: its name, "2.backward.layer" for instance.
+        layer: the decoder layer whose forward or backward that is, None elsewhere.
+        parts: bytes by category.
+    """
+
+    phase: str
+    layer: int | None
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes alive."""
+        return sum(self.parts.values())
+
+
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records what the operations run under it allocate and free.
+
+    Args:
+        shapes: runs the operations on hollow tensors; None lets them run for real.
+        all_true: what a truth value read from a hollow tensor is: "are all tokens real?" without padding.
+    """
+
+    def __init__(self, *, shapes: Shapes | None = None, all_true: bool = True) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._shapes = shapes
+        self.recording = Recording()
+        self.category: Category = "activations"
+        self._layer: int | None = None  # whose forward or backward this is
+        self._owners: dict[int, int | None] = {}  # of a living storage, the layer that it belongs to
+        self._all_true = all_true
+        self._numbers: dict[int, int] = {}  # of a living storage, by its address
+        self._watched: dict[int, weakref.ref[Any]] = {}
+        self._count = 0
+
+    def register(self, tensors: Iterable[torch.Tensor], category: Category, layer: int | None = None) -> None:
+        """Count what is there before the step: parameters, buffers, inputs."""
+        for tensor in tensors:
+            self._watch(tensor, category, layer)
+
+    def recategorise(self, tensor: torch.Tensor, category: Category) -> None:
+        """A storage turns out to be something else: an activation's gradient that became a parameter's."""
+        number = self._numbers.get(tensor.untyped_storage()._cdata)
+        if number is not None:
+            self.recording.events.append((RECATEGORISED, number, category))
+
+    def phase(self, name: str, category: Category = "activations", layer: int | None = None) -> None:
+        """What follows belongs to this phase, is of this category, and belongs to this layer if one is named."""
+        self.category, self._layer = category, layer
+        self.recording.events.append((PHASE, name, layer))
+
+    @contextmanager
+    def allocating(self, category: Category) -> Iterator[None]:
+        """What is allocated inside is of this category."""
+        before, self.category = self.category, category
+        try:
+            yield
+        finally:
+            self.category = before
+
+    def transient(self, size: int, category: Category = "workspace") -> None:
+        """Count bytes that a kernel takes from the allocator and returns before it ends."""
+        number = self._next()
+        self.recording.events += [(ALLOCATED, number, size, category, self._layer), (FREED, number)]
+
+    def paged(self, size: int, like: torch.Tensor) -> None:
+        """Count managed memory, of the same layer as a tensor."""
+        owner = self._owners.get(self._numbers.get(like.untyped_storage()._cdata, -1))
+        self.recording.events.append((ALLOCATED, self._next(), size, PAGED, owner))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation; watch what it returns."""
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and self._shapes:
+            return _some_value(args[0], self._all_true)
+        if func is torch.ops.aten.index.Tensor and self._shapes:
+            args = (args[0], self._without_masks(args[1]))
+        out = self._shapes.run(func, args, kwargs) if self._shapes else func(*args, **kwargs)
+        category: Category = "quantization" if func._opname in _UNPACKED else self.category
+        if isinstance(out, torch.Tensor):
+            self._watch(out, category, self._owner(args))
+        elif isinstance(out, (list, tuple)):
+            for index, leaf in enumerate(out):
+                if isinstance(leaf, torch.Tensor):
+                    self._watch(leaf, category, self._owner(args, index))
+                elif isinstance(leaf, (list, tuple)):
+                    for place, each in enumerate(leaf):
+                        self._watch(each, category, self._owner(args, place))
+        return out
+
+    def _owner(self, args: Any, index: int | None = None) -> int | None:
+        """The layer that a result belongs to: the one that runs, else that of the argument it was made from."""
+        if self._layer is not None or not args:
+            return self._layer
+        source = args[0]
+        if isinstance(source, (list, tuple)):
+            source = source[index] if index is not None and index < len(source) else None
+        if not isinstance(source, torch.Tensor):
+            return None
+        number = self._numbers.get(source.untyped_storage()._cdata)
+        return None if number is None else self._owners[number]
+
+    def _watch(self, tensor: torch.Tensor, category: Category, layer: int | None) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._numbers:
+            return
+        number = self._next()
+        self._numbers[address] = number
+        self._owners[number] = layer
+        self.recording.events.append((ALLOCATED, number, storage.nbytes(), category, layer))
+        self._watched[address] = weakref.ref(storage, partial(self._died, address, number))
+
+    def _died(self, address: int, number: int, _: Any) -> None:
+        if self._numbers.pop(address, None) is not None:
+            del self._watched[address]
+            self.recording.events.append((FREED, number))
+
+    def _next(self) -> int:
+        self._count += 1
+        return self._count
+
+    def _without_masks(self, indices: Any) -> list[Any]:
+        """Indices that select everything in the place of a mask, whose count of ones nothing can tell."""
+        replaced: list[Any] = []
+        for index in indices:
+            if index is None or index.dtype not in (torch.bool, torch.uint8):
+                replaced.append(index)
+                continue
+            places = index.new_zeros((index.dim(), index.numel()), dtype=torch.long)
+            self._watch(places, self.category, self._layer)
+            replaced.extend(places.unbind(0))
+        return replaced
+
+
+def _some_value(tensor: torch.Tensor, truth: bool) -> bool | int | float:
+    if tensor.dtype == torch.bool:
+        return truth
+    return 1.0 if tensor.is_floating_point() else 1

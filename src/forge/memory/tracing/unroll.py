@@ -1,0 +1,187 @@
+"""From the tape of a few layers to the tape of them all.
+
+Layers of one kind that follow each other form a run. Five of a run are traced: its first two, its last two, and one in
+the middle whose neighbours are its like. For a longer run the middle one's events are repeated, its own storages as new
+ones, its neighbours' as its neighbours'. The result is the tape of the whole depth, storage by storage, which both the
+peak and the caching allocator's share are then read from (tests/memory/test_unroll.py holds it against real ones).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from torch import nn
+
+from ...errors import ForgeError
+from .tape import ALLOCATED, PHASE, Event, Recording
+
+SHORT = 5
+MIDDLE = 2  # of the five, the one that is repeated
+
+
+class IrregularError(ForgeError):
+    """The middle layers of a run do not behave alike; the model has to be traced at full depth."""
+
+
+def kind_of(layer: nn.Module, *extra: Any) -> int:
+    """Equal for two layers that cost the same memory: modules, shapes, dtypes, what trains."""
+    parameters = tuple((n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in layer.named_parameters())
+    modules = tuple((n, type(m).__name__, getattr(m, "sliding_window", None)) for n, m in layer.named_modules())
+    return hash((parameters, modules, extra))
+
+
+def runs_of(kinds: Sequence[Any]) -> list[list[int]]:
+    """Indices of the layers, those of one kind that follow each other together.
+
+    >>> runs_of(["dense", "moe", "moe", "moe"])
+    [[0], [1, 2, 3]]
+    """
+    return [[index for index, _ in group] for _, group in groupby(enumerate(kinds), key=lambda pair: pair[1])]
+
+
+def shortened(runs: Sequence[Sequence[int]]) -> list[int]:
+    """The layers to trace: all of a short run, five of a long one.
+
+    >>> shortened([[0], list(range(1, 32))])
+    [0, 1, 2, 3, 30, 31]
+    """
+    return [i for run in runs for i in (run if len(run) <= SHORT else [*run[: MIDDLE + 1], *run[MIDDLE - SHORT + 1 :]])]
+
+
+def unroll(recording: Recording, runs: Sequence[Sequence[int]]) -> Recording:
+    """The recording of all layers.
+
+    Args:
+        recording: of the layers that `shortened` names.
+        runs: of the whole model.
+
+    Raises:
+        IrregularError: see there.
+    """
+    start = 0
+    for run in runs:
+        if len(run) > SHORT:
+            recording = _Run(recording, start + MIDDLE, len(run) - SHORT).repeated()
+        start += len(run)
+    return recording
+
+
+class _Run:
+    """One run to lengthen: the layer `middle` is followed by `count` copies of itself."""
+
+    def __init__(self, recording: Recording, middle: int, count: int) -> None:
+        self._events, self._middle, self._count = recording.events, middle, count
+        self._from_above = False  # whether the layer above the middle is speaking
+        self._next = 1 + max((event[1] for event in self._events if event[0] == ALLOCATED), default=0)
+        self._owner: dict[int, int] = {}
+        self._place: dict[int, tuple[str, int]] = {}  # of a layer's storage: the phase it was made in, and its number
+        self._by_place: dict[tuple[int, str, int], tuple[int, int]] = {}  # layer, place -> storage and size
+        self._copies: dict[tuple[int, str, int], int] = {}  # copy, place -> storage
+        self._index()
+
+    def repeated(self) -> Recording:
+        """The longer recording; layers above the middle are renumbered."""
+        out: list[Event] = []
+        for layer, events in self._segments():
+            if layer is None:
+                self._beside_layers(events, out)
+            elif layer == self._middle:
+                name = events[0][1]
+                order = range(self._count + 1)
+                for copy in reversed(order) if ".backward" in name else order:
+                    self._emit(events, copy, out)
+            else:
+                self._from_above = layer == self._middle + 1
+                self._emit(events, None, out)
+                self._from_above = False
+        return Recording(out)
+
+    def _index(self) -> None:
+        phase, counts = "", dict[tuple[int, str], int]()
+        for event in self._events:
+            if event[0] == PHASE:
+                phase = event[1]
+            elif event[0] == ALLOCATED and event[4] is not None:
+                _, number, size, _, layer = event
+                place = counts.get((layer, phase), 0)
+                counts[layer, phase] = place + 1
+                self._owner[number] = layer
+                self._place[number] = phase, place
+                self._by_place[layer, phase, place] = number, size
+        middle = {key[1:]: found[1] for key, found in self._by_place.items() if key[0] == self._middle}
+        for neighbour in (self._middle - 1, self._middle + 1):
+            theirs = {key[1:]: found[1] for key, found in self._by_place.items() if key[0] == neighbour}
+            if theirs != middle:
+                raise IrregularError(f"layers {self._middle} and {neighbour} differ in what they allocate")
+
+    def _segments(self) -> Iterator[tuple[int | None, list[Event]]]:
+        """Events from one phase to the next, with the layer whose forward or backward that is."""
+        segment: list[Event] = []
+        layer: int | None = None
+        for event in self._events:
+            if event[0] == PHASE:
+                if segment:
+                    yield layer, segment
+                segment, layer = [], event[2]
+            segment.append(event)
+        if segment:
+            yield layer, segment
+
+    def _beside_layers(self, events: list[Event], out: list[Event]) -> None:
+        """The optimizer, the state before the first step: each layer's events, where they come."""
+        for owner, group in groupby(events, key=self._belongs_to):
+            if owner != self._middle:
+                self._emit(group, None, out)
+                continue
+            repeated = list(group)
+            for copy in range(self._count + 1):
+                self._emit(repeated, copy, out)
+
+    def _belongs_to(self, event: Event) -> int | None:
+        return None if event[0] == PHASE else self._owner.get(event[1])
+
+    def _emit(self, events: Any, copy: int | None, out: list[Event]) -> None:
+        for event in events:
+            if event[0] == PHASE:
+                out.append((PHASE, event[1], self._renumbered(event[2], copy)))
+            elif event[0] == ALLOCATED:
+                number, layer = self._storage(event[1], copy), self._renumbered(event[4], copy)
+                out.append((ALLOCATED, number, event[2], event[3], layer))
+            else:
+                out.append((event[0], self._storage(event[1], copy), *event[2:]))
+
+    def _renumbered(self, layer: int | None, copy: int | None) -> int | None:
+        if layer is None or layer < self._middle:
+            return layer
+        return layer + (copy or 0) if layer == self._middle else layer + self._count
+
+    def _storage(self, number: int, copy: int | None) -> int:
+        """The storage that stands where `number` does, seen from a copy of the middle layer (None: from elsewhere)."""
+        owner = self._owner.get(number)
+        if copy is None:
+            # The layer above the middle has the last copy below it now; everyone else means what they say.
+            above = owner == self._middle and self._from_above
+            return self._copy_of(number, self._count) if above else number
+        if owner == self._middle:
+            return self._copy_of(number, copy)
+        if owner == self._middle - 1:
+            return number if copy == 0 else self._copy_of(self._alike(number), copy - 1)
+        if owner == self._middle + 1:
+            return number if copy == self._count else self._copy_of(self._alike(number), copy + 1)
+        if copy == 0:
+            return number
+        raise IrregularError(f"layer {self._middle} touches what belongs to {owner}")
+
+    def _alike(self, number: int) -> int:
+        return self._by_place[(self._middle, *self._place[number])][0]
+
+    def _copy_of(self, number: int, copy: int) -> int:
+        if copy == 0:
+            return number
+        key = (copy, *self._place[number])
+        if key not in self._copies:
+            self._copies[key] = self._next
+            self._next += 1
+        return self._copies[key]
