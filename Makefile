@@ -43,7 +43,7 @@ bench: $(STAMP)  ## import time and preset construction -> benchmarks/results/mi
 gpu: $(STAMP)  ## the GPU matrix, cell by cell; resumes (benchmarks/README.md)
 	$(BIN)/python -m benchmarks.gpu
 
-gpu-report: $(STAMP)  ## its table, from the rows
+gpu-report: $(STAMP)  ## its tables and chart, from the rows
 	$(BIN)/python -m benchmarks.gpu report
 
 docs: $(STAMP)  ## the documentation site -> site/

@@ -112,10 +112,10 @@ def _by_shape(model: str) -> dict[str, Any]:
     from torch import nn
     from transformers import AutoModelForCausalLM
 
-    from benchmarks.gpu.models import llama_config
+    from benchmarks.gpu.shapes import shape_config
 
     with torch.device("meta"):
-        llama = AutoModelForCausalLM.from_config(llama_config(model), dtype=torch.bfloat16)
+        llama = AutoModelForCausalLM.from_config(shape_config(model), dtype=torch.bfloat16)
     quantised = {
         f"{name}.weight" for name, m in llama.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"
     }

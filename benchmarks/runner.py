@@ -2,8 +2,9 @@
 
 A cell is a flat mapping of settings; sorted, they are its key. A row is one JSON line: the settings, what came out of
 them ("ok" with a result; "oom", "error", "timeout" or "killed" with the message), the versions, the machine and the
-time. Cells that have a row are skipped: a failure is a result too, until `--retry-errors` asks again. Where a cell has
-several rows, the last counts.
+time. What a cell found before it failed is kept: an exception's `partial`, where it has one, goes into the row. Cells
+that have a row are skipped: a failure is a result too, until `--retry-errors` asks again. Where a cell has several
+rows, the last counts.
 
     SUITE = Suite("name", "benchmarks.name:measure", ({"preset": "qlora"}, {"preset": "lora"}), timeout_s=600)
     if __name__ == "__main__":
@@ -119,12 +120,10 @@ def _outcome(target: str, settings: Settings) -> Row:
     except Exception as error:  # noqa: BLE001  (whatever it was, it is this cell's result)
         text = f"{type(error).__name__}: {error}"
         no_memory = isinstance(error, MemoryError) or "OutOfMemory" in text or "out of memory" in text.lower()
-        no_memory = no_memory or "can't allocate memory" in text
-        return {
-            "status": "oom" if no_memory else "error",
-            "error": text[:2000],
-            "traceback": traceback.format_exc()[-4000:],
-        }
+        no_memory = no_memory or "can't allocate memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
+        row = {"status": "oom" if no_memory else "error", "error": text[:2000]}
+        partial = getattr(error, "partial", None)
+        return row | {"traceback": traceback.format_exc()[-4000:]} | ({"partial": partial} if partial else {})
 
 
 def _apart(suite: Suite, settings: Settings) -> Row:

@@ -67,12 +67,12 @@ def memory() -> dict[str, float | None]:
     return {
         "max_allocated_gb": round(torch.cuda.max_memory_allocated() / GB, 3) if cuda else None,
         "max_reserved_gb": round(torch.cuda.max_memory_reserved() / GB, 3) if cuda else None,
-        "nvml_process_gb": _nvml_process_gb() if cuda else None,
+        "nvml_process_gb": nvml_process_gb() if cuda else None,
         "max_resident_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB, 3),
     }
 
 
-def _nvml_process_gb() -> float | None:
+def nvml_process_gb() -> float | None:
     """What nvidia-smi would show for this process; None where the driver does not tell."""
     import pynvml
 

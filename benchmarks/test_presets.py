@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu.models import llama_config
+from benchmarks.gpu.shapes import shape_config
 from forge import get_preset, list_presets
 
 
@@ -19,7 +19,7 @@ def test_without_model(benchmark: Any, name: str) -> None:
 def test_8b_config(benchmark: Any, name: str) -> None:
     """The model's anatomy is read from its config, on the meta device."""
     benchmark.group = "get_preset(model=<8B config>)"
-    config = llama_config("llama-8b")
+    config = shape_config("llama-8b")
     benchmark.pedantic(lambda: get_preset(name, model=config, hardware="ampere"), rounds=5, warmup_rounds=1)
 
 

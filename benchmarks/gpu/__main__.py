@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu` runs the matrix, `... --smoke` tiny shapes on the CPU, `... report` makes the table."""
+"""`python -m benchmarks.gpu` runs the matrix, `... --smoke` tiny shapes on a CPU; `... report` makes its tables."""
 
 from __future__ import annotations
 
@@ -20,10 +20,16 @@ def main() -> int:
     add_options(parser)
     options = parser.parse_args()
     if options.action == "report":
+        from benchmarks.gpu.memory_report import chart as memory_chart
         from benchmarks.gpu.report import render
         from benchmarks.runner import last_rows
 
-        print(render(list(last_rows(options.results or RESULTS / "gpu.jsonl").values())))
+        path = options.results or RESULTS / "gpu.jsonl"
+        rows = list(last_rows(path).values())
+        print(render(rows))
+        if (chart := memory_chart(rows)) is not None:
+            chart.save(path.with_name(f"{path.stem}-memory.png"))
+            print(f"\n![{chart.alt}]({path.stem}-memory.png)")
         return 0
     if options.smoke:
         return _smoke(options)

@@ -15,44 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# transformers' config of the model named; only the scaling of RoPE beyond 8,192 positions is left out.
-_LLAMA_3 = {
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    "rms_norm_eps": 1e-5,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-tiny": {
-        "vocab_size": 1024,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    # Llama-3.2-1B
-    "llama-1b": _LLAMA_3
-    | {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "tie_word_embeddings": True,
-    },
-    # Llama-3.1-8B
-    "llama-8b": _LLAMA_3 | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
-}
+from benchmarks.gpu.shapes import shape_config
+
 WORDS = 1000
 _SPECIAL = ("<pad>", "<bos>", "<eos>")
-
-
-def llama_config(shape: str) -> Any:
-    """The LlamaConfig of a shape."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(**SHAPES[shape], pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
 def checkpoint(shape: str) -> Path:
@@ -75,7 +41,7 @@ def _make_checkpoint(shape: str, folder: Path) -> None:
 
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(llama_config(shape), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(shape_config(shape), dtype=torch.bfloat16)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{shape}-"))
     try:
         model.save_pretrained(scratch)

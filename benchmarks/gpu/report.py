@@ -1,9 +1,11 @@
-"""Rows of the GPU matrix -> Markdown, each preset beside TRL's defaults."""
+"""Rows of the GPU matrix -> Markdown: each preset beside TRL's defaults, callbacks, and memory (memory_report.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from benchmarks.gpu import memory_report
 
 Row = dict[str, Any]
 
@@ -16,7 +18,8 @@ def render(rows: Sequence[Row]) -> str:
     """
     if not rows:
         return "No rows yet: run `make gpu` on a machine with a CUDA device."
-    parts = ["# GPU matrix", *sorted({_provenance(row) for row in rows}), _presets(rows), *_callbacks(rows)]
+    parts = ["# GPU matrix", *sorted({_provenance(row) for row in rows}), *_presets(rows), *_callbacks(rows)]
+    parts += memory_report.parts(rows)
     if failed := [row for row in rows if row["status"] not in ("ok", "oom")]:
         parts.append("## Failed\n\n" + "\n".join(f"- `{r['key']}`: {r['status']}: {r['error'][:300]}" for r in failed))
     return "\n\n".join(parts)
@@ -28,12 +31,14 @@ def _provenance(row: Row) -> str:
     return f"{device}; {row['date'][:10]}; " + ", ".join(f"{name} {found}" for name, found in versions.items())
 
 
-def _presets(rows: Iterable[Row]) -> str:
+def _presets(rows: Iterable[Row]) -> list[str]:
     pairs: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         s = row["settings"]
         if s.get("group") == "presets":
             pairs.setdefault((s["model"], s["preset"], s["micro_batch"], s["length"]), {})[s["by"]] = row
+    if not pairs:
+        return []
     head = ["model", "preset", "rows x tokens", "tokens/s", "TRL", "ratio", "step, s", "TRL"]
     head += ["allocated, GiB", "TRL", "ratio", "reserved, GiB", "TRL", "process, GiB", "TRL", "trained, M", "TRL"]
     lines = [_line(head), _line(["---"] * 3 + ["---:"] * (len(head) - 3))]
@@ -50,7 +55,7 @@ def _presets(rows: Iterable[Row]) -> str:
         "Ratio is preset : TRL. Both run the same rows and lengths, but not the same work: TRL loads fp32, and PEFT's "
         "default trains q and v at rank 8 where the presets train every linear layer at 16 (last columns)."
     )
-    return "\n".join(["## Presets against TRL's defaults\n", *lines, "", note])
+    return ["\n".join(["## Presets against TRL's defaults\n", *lines, "", note])]
 
 
 def _callbacks(rows: Iterable[Row]) -> list[str]:

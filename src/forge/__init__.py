@@ -19,6 +19,16 @@ if TYPE_CHECKING:  # the twin of _WHERE below, for editors and type checkers
         UnsupportedError,
     )
     from .hardware import Hardware
+    from .memory import (
+        Fit,
+        MemoryEstimate,
+        ModelInfo,
+        TrainingPlan,
+        estimate_model_memory,
+        get_memory_savings_estimate,
+        plan_training,
+        print_model_info,
+    )
     from .presets import Preset, get_preset, list_presets
 
 __version__ = "0.1.0"
@@ -27,34 +37,50 @@ _WHERE = {
     "ConflictError": "errors",
     "EMA": "callbacks",
     "EMACallback": "callbacks",
+    "Fit": "memory",
     "ForgeError": "errors",
     "ForgeWarning": "errors",
     "Hardware": "hardware",
+    "MemoryEstimate": "memory",
     "MissingAssetError": "errors",
+    "ModelInfo": "memory",
     "MonitorCallback": "callbacks",
     "NonFiniteError": "errors",
     "Preset": "presets",
+    "TrainingPlan": "memory",
     "UnknownNameError": "errors",
     "UnsupportedError": "errors",
+    "estimate_model_memory": "memory",
+    "get_memory_savings_estimate": "memory",
     "get_preset": "presets",
     "list_presets": "presets",
+    "plan_training": "memory",
+    "print_model_info": "memory",
 }
 
 __all__ = [
     "EMA",
     "ConflictError",
     "EMACallback",
+    "Fit",
     "ForgeError",
     "ForgeWarning",
     "Hardware",
+    "MemoryEstimate",
     "MissingAssetError",
+    "ModelInfo",
     "MonitorCallback",
     "NonFiniteError",
     "Preset",
+    "TrainingPlan",
     "UnknownNameError",
     "UnsupportedError",
+    "estimate_model_memory",
+    "get_memory_savings_estimate",
     "get_preset",
     "list_presets",
+    "plan_training",
+    "print_model_info",
 ]
 
 

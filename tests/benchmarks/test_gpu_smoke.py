@@ -29,12 +29,25 @@ def test_smoke_runs_every_kind_of_cell_and_the_report_shows_it(tmp_path):
     for row in rows:
         assert len(row["result"]["steps_s"]) == len(row["result"]["losses"]) == 3
         assert row["result"]["tokens_per_s"] > 0
-    by_preset = {(row["settings"]["preset"], row["settings"]["by"]): row["result"] for row in rows}
+    presets = [row for row in rows if row["settings"]["group"] == "presets"]
+    by_preset = {(row["settings"]["preset"], row["settings"]["by"]): row["result"] for row in presets}
     assert by_preset["qlora", "forge"]["trainable_dtypes"] == ["torch.float32"]
     assert by_preset["qlora", "trl"]["trainable_dtypes"] == ["torch.bfloat16"], "TRL no longer casts: the docs say so"
     assert by_preset["sft", "forge"]["trainable_parameters"] == by_preset["sft", "trl"]["trainable_parameters"]
+    memory = [row for row in rows if row["settings"]["group"] == "memory"]
+    for row in memory:
+        settings, result = row["settings"], row["result"]
+        rows_of_a_step = settings["rows"] * (2 if settings["trainer"] == "dpo" else 1)
+        shape = [1, rows_of_a_step * 64] if settings.get("data") == "packed" else [rows_of_a_step, 64]
+        assert result["batches"] == [shape], f"not the batch that {row['key']} speaks of"
+        assert (result["stage"], result["steps_done"]) == ("done", 3)
+        assert result["estimate"]["allocated_peak_gb"] > 0, result.get("estimate_error")
+        assert result["peers"]["accelerate"]["total_gb"] >= 0
+        assert result["optimizer"] == settings.get("optim", "adamw_torch_fused")
+    assert {row["settings"]["trainer"] for row in memory} == {"sft", "dpo", "plain"}
     table = render(rows)
     assert "| llama-tiny | qlora | 2 x 64 |" in table
+    assert "| gpt2-tiny | plain, full, checkpointing off, data padded | 2 x 64 |" in table
     assert "torch" in table
 
 

@@ -23,6 +23,10 @@ def measure(settings):
             raise ValueError("no such thing")
         case "no memory":
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        case "no memory, but something":
+            error = RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")
+            error.partial = {"estimate": 12.5}
+            raise error
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
         case "hang":
@@ -70,6 +74,14 @@ def test_no_failure_stops_the_rest(results, marks):
     assert first["error"] == "ValueError: no such thing"
     assert "test_runner.py" in first["traceback"]
     assert dead["error"].startswith("killed by SIGKILL")
+
+
+@pytest.mark.parametrize("timeout_s", [None, 60.0])
+def test_what_was_found_before_the_end_is_in_the_row(results, marks, timeout_s):
+    (row, plain) = run(suite_of(marks, "no memory, but something", "raise", timeout_s=timeout_s), results).values()
+    assert (row["status"], row["partial"]) == ("oom", {"estimate": 12.5})
+    assert "partial" not in plain
+    assert read_rows(results)[0] == row
 
 
 def test_a_cell_that_hangs_is_ended(results, marks):

@@ -101,12 +101,11 @@ def read_anatomy(
         ForgeError: for a folder that is not there, or holds an adapter.
     """
     from torch import nn
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import PreTrainedConfig
 
     if isinstance(model, (str, PathLike)):
-        _refuse_other_folders(fspath(model))
-        model = AutoConfig.from_pretrained(fspath(model), **config_kwargs)
-    live = _on_meta(model) if isinstance(model, PreTrainedConfig) else model
+        model = load_config(fspath(model), **config_kwargs)
+    live = build_on_meta(model) if isinstance(model, PreTrainedConfig) else model
     if not isinstance(live, nn.Module) or not hasattr(unwrap(live), "config"):
         raise UnsupportedError(
             "forge reads the anatomy of a transformers model, a PeftModel, a config, a hub id or a local folder, "
@@ -136,7 +135,7 @@ def _read(model: nn.Module, *, quantization_source: Any) -> ModelAnatomy:
         routers=tuple(routers),
         tied_word_embeddings=head is not None and head.weight is embeddings.weight,
         is_moe=bool(experts.routers),
-        quantization=_quantization(getattr(quantization_source, "config", quantization_source)),
+        quantization=quantization_of(getattr(quantization_source, "config", quantization_source)),
         linear_layers=tuple(dict.fromkeys(numberless(name) for name, module in modules.items() if is_linear(module))),
         supports_sdpa=bool(getattr(base, "_supports_sdpa", True)),
         quantizable=any(_packable(module) for name, module in modules.items() if name.startswith(f"{layers_path}.")),
@@ -162,6 +161,18 @@ def numberless(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
+def load_config(name: str, **config_kwargs: Any) -> PreTrainedConfig:
+    """The config of a hub id or a folder.
+
+    Raises:
+        ForgeError: for a folder that is not there, or holds an adapter.
+    """
+    from transformers import AutoConfig
+
+    _refuse_other_folders(name)
+    return AutoConfig.from_pretrained(name, **config_kwargs)
+
+
 def _refuse_other_folders(name: str) -> None:
     """Refuse what `from_pretrained` would take for a hub id, or not know what to do with."""
     folder = Path(name)
@@ -175,8 +186,12 @@ def _refuse_other_folders(name: str) -> None:
         raise ForgeError(f"There is no folder {folder}. Pass one that save_pretrained wrote, or a hub id.")
 
 
-def _on_meta(config: PreTrainedConfig) -> nn.Module:
-    """The model of a config, without memory for its weights."""
+def build_on_meta(config: PreTrainedConfig) -> nn.Module:
+    """The model of a config, without memory for its weights.
+
+    Raises:
+        UnsupportedError: transformers has no causal or image-text-to-text model for it.
+    """
     import torch
     import transformers
 
@@ -207,10 +222,13 @@ def _on_meta(config: PreTrainedConfig) -> nn.Module:
 
 def _count_parameters(modules: Iterable[nn.Module]) -> int:
     unique = {id(p): p for module in modules for p in module.parameters(recurse=False)}
-    return sum(_unpacked_numel(parameter) for parameter in unique.values())
+    return sum(unpacked_numel(parameter) for parameter in unique.values())
 
 
-def _unpacked_numel(parameter: nn.Parameter) -> int:
+_on_meta = build_on_meta
+
+
+def unpacked_numel(parameter: nn.Parameter) -> int:
     """The number of weights in a parameter; bitsandbytes packs two 4-bit ones into a byte, in any storage type."""
     state = getattr(parameter, "quant_state", None)
     if state is not None:
@@ -222,7 +240,8 @@ def _unpacked_numel(parameter: nn.Parameter) -> int:
     return parameter.numel()
 
 
-def _quantization(config: Any) -> str | None:
+def quantization_of(config: Any) -> str | None:
+    """The format that a config says the weights are in: "nf4", "fp4", "int8", another method's name, or None."""
     settings: Any = getattr(config, "quantization_config", None)
     if settings is None:
         return None

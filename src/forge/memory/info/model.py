@@ -16,7 +16,7 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UnsupportedError
-from ...models.anatomy import _on_meta, _quantization, _refuse_other_folders
+from ...models.anatomy import build_on_meta, load_config, quantization_of
 from ...models.layers import decoder_layers_path, text_attribute, unwrap
 from .parts import Part, Quantized, grouped, parts_of, quantized_in, unquantized_in
 from .pieces import ADAPTERS, Pieces, adapter_configs, dtype_name
@@ -137,12 +137,11 @@ def print_model_info(
         ForgeError: for a folder that is not there, or holds an adapter.
     """
     from torch import nn
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import PreTrainedConfig
 
     source: Any = model
     if isinstance(source, (str, PathLike)):
-        _refuse_other_folders(fspath(source))
-        source = AutoConfig.from_pretrained(fspath(source))
+        source = load_config(fspath(source))
     if isinstance(source, PreTrainedConfig):
         live, notes = _from_config(source)
     elif isinstance(source, nn.Module):
@@ -183,7 +182,7 @@ def _from_config(config: PreTrainedConfig) -> tuple[nn.Module, list[str]]:
     import torch
 
     try:
-        built = _on_meta(config)
+        built = build_on_meta(config)
     except UnsupportedError as unsupported:
         built = _any_on_meta(config, unsupported)
     named = getattr(config, "dtype", None) or text_attribute(config, "dtype")
@@ -274,7 +273,7 @@ def _adapters(model: nn.Module) -> tuple[str, ...]:
 def _notes(config: Any, pieces: Pieces, quantized: tuple[Quantized, ...], devices: tuple[str, ...]) -> Iterable[str]:
     if devices == ("meta",):
         yield "on meta: no weights loaded, memory is what they would take"
-    method = _quantization(config)
+    method = quantization_of(config)
     if method is not None and not quantized:
         yield f"the config says {method}, but bitsandbytes packed no layer here: counted as it stands, unpacked"
     if getattr(config, "tie_word_embeddings", False) and pieces.has_own_head:

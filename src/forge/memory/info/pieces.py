@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ...models.anatomy import _unpacked_numel
+from ...models.anatomy import unpacked_numel
 from ...models.experts import find_experts, is_linear
 from ...models.layers import named_base_modules, unwrap, without_adapters
 
@@ -111,7 +111,7 @@ class Pieces:
                 key=key,
                 part=part,
                 inside=inside,
-                count=_unpacked_numel(parameter),
+                count=unpacked_numel(parameter),
                 trainable=parameter.requires_grad,
                 dtype=method or dtype_name(parameter.dtype),
                 packed=method is not None,
@@ -218,7 +218,7 @@ class _Places:
 
 def packing(parameter: nn.Parameter) -> str | None:
     """The method that packed a parameter ("nf4", "fp4", "int8"), None where bitsandbytes did not."""
-    if _unpacked_numel(parameter) != parameter.numel():
+    if unpacked_numel(parameter) != parameter.numel():
         return str(getattr(parameter, "quant_type", "4-bit"))
     is_int8 = type(parameter).__name__ == "Int8Params" and not parameter.dtype.is_floating_point
     return "int8" if is_int8 else None

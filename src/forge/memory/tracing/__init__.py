@@ -12,6 +12,6 @@ engine.py      all of it
 
 from __future__ import annotations
 
-from .engine import Traced, trace
+from .engine import Traced, UntraceableError, trace
 
-__all__ = ["Traced", "trace"]
+__all__ = ["Traced", "UntraceableError", "trace"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -148,6 +148,35 @@ class _NoOp:
             return lambda *_args, **_kwargs: None
         kernel: Callable[..., None] = self._original[grid]
         return kernel
+
+
+@contextmanager
+def recomputed_alike() -> Iterator[None]:
+    """What checkpointing recomputes runs in CUDA's ways too: autograd's engine enters backward without function modes.
+
+    transformers binds its checkpoint function whenever checkpointing is switched on, which DPOTrainer does in every step.
+    """
+    from transformers import modeling_utils
+
+    checkpoint: Any = modeling_utils.checkpoint  # type: ignore[attr-defined]
+
+    def checkpointed(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if not getattr(_tracing, "on", False):
+            return checkpoint(function, *args, **kwargs)
+
+        def run(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            with CudaWays() if in_backward() else nullcontext():
+                return function(*inner_args, **inner_kwargs)
+
+        return checkpoint(run, *args, **kwargs)
+
+    with _swapped([(modeling_utils, "checkpoint", checkpointed)]), _on_this_thread():
+        yield
+
+
+def in_backward() -> bool:
+    """Whether this is called from within the autograd engine."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 @contextmanager

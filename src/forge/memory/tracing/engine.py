@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
+from ...errors import ForgeError, UnsupportedError
 from ...models.layers import decoder_layers_path, unwrap
 from ..allocator import replay
 from ..scenario import Scenario
 from . import step
 from .hollow import Shapes, hollow
+from .optimizers import check_optimizer
 from .skeleton import build
 from .tape import ALLOCATOR_BLOCK, Peak, Recording
-from .unroll import IrregularError, kind_of, runs_of, shortened, unroll
+from .unroll import SHORT, IrregularError, growth_of, kind_of, runs_of, shortened, unroll
 
 _one_at_a_time = threading.Lock()  # a trace stands in for a few functions of TRL while it runs
+
+
+class UntraceableError(UnsupportedError):
+    """The step cannot be run on tensors without memory; the message says in one line what stood in the way."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,21 @@ class Traced:
     recording: Recording
 
 
+@contextmanager
+def _outside_autocast() -> Iterator[None]:
+    """As if no autocast were on: its cache of cast weights is dropped when the outermost one ends, the step's own."""
+    depth, enabled = torch.autocast_increment_nesting() - 1, torch.is_autocast_enabled("cpu")
+    for _ in range(depth + 1):
+        torch.autocast_decrement_nesting()
+    torch.set_autocast_enabled("cpu", False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cpu", enabled)
+        for _ in range(depth):
+            torch.autocast_increment_nesting()
+
+
 def trace(source: nn.Module, scenario: Scenario, *, all_layers: bool = False) -> Traced:
     """Trace two steps.
 
@@ -49,22 +73,47 @@ def trace(source: nn.Module, scenario: Scenario, *, all_layers: bool = False) ->
         source: the model, live or on meta; it is not changed.
         scenario: what runs on it.
         all_layers: trace every layer, even of many alike.
+
+    Raises:
+        UnknownNameError: there is no such optimizer.
+        UntraceableError: anything else; `__cause__` has it.
     """
+    check_optimizer(scenario.optim)
+    try:
+        with _one_at_a_time, _as_in_training():
+            return _trace(source, scenario, all_layers=all_layers or _layers_are_told_apart(source, scenario))
+    except ForgeError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise UntraceableError(
+            f"The step of this model cannot be run without memory: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _trace(source: nn.Module, scenario: Scenario, *, all_layers: bool) -> Traced:
     runs = runs_of(_kinds(source, scenario))
     everything = range(runs[-1][-1] + 1)
     few: Sequence[int] = everything if all_layers else shortened(runs)
-    with _one_at_a_time:
-        recording = _run(source, scenario, few)
-        if len(few) < len(everything):
-            try:
-                recording = unroll(recording, runs)
-            except IrregularError:
-                few = everything
-                recording = _run(source, scenario, few)
+    recording = _run(source, scenario, few)
+    if len(few) < len(everything):
+        try:
+            growth = _growth(source, scenario, recording, runs) if _looks_across_layers(source, scenario) else None
+            recording = unroll(recording, runs, growth)
+        except IrregularError:
+            few = everything
+            recording = _run(source, scenario, few)
     cuda = scenario.device == "cuda"
     peak = recording.peak(ALLOCATOR_BLOCK if cuda else 1)
     reserved = replay(recording.blocks()).reserved_peak if cuda else peak.total
     return Traced(peak, reserved, recording.paged, len(few), len(everything), recording)
+
+
+@contextmanager
+def _as_in_training() -> Iterator[None]:
+    """Whatever the caller switched off or on around the call."""
+    with torch.inference_mode(False), torch.enable_grad(), _outside_autocast(), torch.device("cpu"):
+        yield
 
 
 def _run(source: nn.Module, scenario: Scenario, layers: Sequence[int]) -> Recording:
@@ -73,11 +122,58 @@ def _run(source: nn.Module, scenario: Scenario, layers: Sequence[int]) -> Record
     return step.run(build(source, shorter, layers, hollow), shorter, hollow, Shapes())
 
 
+def _growth(
+    source: nn.Module, scenario: Scenario, recording: Recording, runs: Sequence[Sequence[int]]
+) -> list[dict[int, int]]:
+    """One more trace for each long run, with one layer more."""
+    return [
+        growth_of(recording, _run(source, scenario, shortened(runs, index)), runs, index) if len(run) > SHORT else {}
+        for index, run in enumerate(runs)
+    ]
+
+
+def _looks_across_layers(source: nn.Module, scenario: Scenario) -> bool:
+    """Whether tensors beside the layers hold something of all of them."""
+    prefixes = any(hasattr(each, "prefix_projection") for each in _adapters(source, scenario))
+    return bool(prefixes or getattr(_text_config(source), "hidden_size_per_layer_input", None))
+
+
+_NUMBERED = re.compile(r"\.\d+(\.|$)|\\d|\[\d")
+
+
+def _layers_are_told_apart(source: nn.Module, scenario: Scenario) -> bool:
+    """Whether the adapter to come names layers by their number, which a shorter model would give to others."""
+    if scenario.peft_config is None:
+        return False
+    for config in _adapters(source, scenario):
+        values = vars(config)
+        if any(values.get(name) for name in ("layers_to_transform", "layer_replication", "num_layers")):
+            return True
+        names = [values.get(n) for n in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")]
+        names += [list(values.get(n) or ()) for n in ("rank_pattern", "alpha_pattern")]
+        if any(
+            _NUMBERED.search(name) for each in names if each for name in ([each] if isinstance(each, str) else each)
+        ):
+            return True
+    return False
+
+
+def _adapters(source: Any, scenario: Scenario) -> list[Any]:
+    live = getattr(source, "peft_config", None)
+    configs = list(live.values()) if isinstance(live, dict) else []
+    return [*configs, scenario.peft_config] if scenario.peft_config is not None else configs
+
+
 def _kinds(source: nn.Module, scenario: Scenario) -> list[int]:
     base: Any = unwrap(source)
-    config = base.config.get_text_config(decoder=True) if hasattr(base.config, "get_text_config") else base.config
-    types = getattr(config, "layer_types", None) or ()
+    layers = list(base.get_submodule(decoder_layers_path(base)))
+    lists = [v for v in vars(_text_config(source)).values() if isinstance(v, list) and len(v) == len(layers)]
     return [
-        kind_of(layer, types[index] if index < len(types) else "", index < scenario.frozen_layers)
-        for index, layer in enumerate(base.get_submodule(decoder_layers_path(base)))
+        kind_of(layer, *(repr(each[index]) for each in lists), index < scenario.frozen_layers)
+        for index, layer in enumerate(layers)
     ]
+
+
+def _text_config(source: nn.Module) -> Any:
+    base: Any = unwrap(source)
+    return base.config.get_text_config(decoder=True) if hasattr(base.config, "get_text_config") else base.config

@@ -11,6 +11,7 @@ All hollow tensors share one mapping: it holds nothing that anyone reads.
 from __future__ import annotations
 
 import mmap
+import sys
 import threading
 from typing import Any
 
@@ -23,8 +24,8 @@ _lock = threading.Lock()
 _mapping: Any = None
 
 
-def hollow(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A contiguous hollow tensor.
+def hollow(shape: tuple[int, ...], dtype: torch.dtype, _name: str = "") -> torch.Tensor:
+    """A contiguous hollow tensor; what it is called, as real ones are told apart by, is of no matter.
 
     >>> tensor = hollow((2048, 4096, 4096), torch.float32)  # 128 GiB
     >>> tensor.shape, tensor.untyped_storage().nbytes() // 2**30
@@ -47,7 +48,9 @@ def _flat(count: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _map() -> Any:
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    # Python names MAP_NORESERVE from 3.13 on; without it Linux refuses more address space than there is memory.
+    unreserved = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform.startswith("linux") else 0)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | unreserved
     size = _MAPPED
     while True:
         try:
@@ -77,7 +80,8 @@ class Shapes:
         key = (func, _described(args), _described(tuple(kwargs.items())) if kwargs else None)
         recipe = self._known.get(key)
         if recipe is None:
-            recipe = self._known[key] = _on_meta(func, args, kwargs)
+            own = _RECIPES.get(func)
+            recipe = self._known[key] = own(*args, **kwargs) if own else _on_meta(func, args, kwargs)
         return _made(recipe)
 
 
@@ -129,6 +133,40 @@ def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
     if "device" in kwargs or any(a.name == "device" for a in func._schema.arguments):
         kwargs = {**kwargs, "device": torch.device("meta")}
     return _recipe(func(*args, **kwargs))
+
+
+def _grouped_product(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None = None, *_: Any, **__: Any) -> Any:
+    """Of experts' matrices (aten._grouped_mm), which the meta device takes in bfloat16 alone; rows are 16-byte aligned."""
+    if a.dim() == 2 and b.dim() == 2 and offsets is not None:  # rows are summed within their group
+        shape = (offsets.shape[0], a.shape[0], b.shape[1])
+    elif a.dim() == 2 or b.dim() == 2:
+        shape = (a.shape[-2], b.shape[-1])
+    else:
+        shape = (a.shape[0], a.shape[1], b.shape[2])
+    width = -(-shape[-1] // (unit := 16 // a.dtype.itemsize)) * unit
+    return shape, (shape[-2] * width, width, 1)[-len(shape) :], a.dtype
+
+
+def _all_places(tensor: torch.Tensor) -> Any:
+    """`nonzero`, as if nothing were zero: how much is, nobody can tell."""
+    return (tensor.numel(), tensor.dim()), (1, tensor.numel()), torch.long
+
+
+def _everything(tensor: torch.Tensor, _mask: torch.Tensor) -> Any:
+    return (tensor.numel(),), (1,), tensor.dtype
+
+
+def _counts(tensor: torch.Tensor, bins: int = 100, *_: Any, **__: Any) -> Any:
+    """`histc`, which the meta device refuses where algorithms have to be deterministic."""
+    return (bins,), (1,), tensor.dtype
+
+
+_RECIPES: dict[Any, Any] = {
+    torch.ops.aten.histc.default: _counts,
+    torch.ops.aten._grouped_mm.default: _grouped_product,
+    torch.ops.aten.nonzero.default: _all_places,
+    torch.ops.aten.masked_select.default: _everything,
+}
 
 
 def _recipe(out: Any) -> Any:

@@ -21,30 +21,44 @@ _BLOCK, _OUTER_BLOCK, _CODES = 64, 256, {"4bit": 16, "8bit": 256}
 
 def is_packed(module: nn.Module) -> bool:
     """Whether the module is one of bitsandbytes' linear layers."""
-    return type(module).__module__.startswith("bitsandbytes.") and hasattr(module, "in_features")
+    classes = type(module).__mro__
+    return hasattr(module, "in_features") and any(each.__module__.startswith("bitsandbytes.") for each in classes)
 
 
 def empty_packed(module: Any, empty: Empty) -> None:
     """Give a bitsandbytes layer weights of the right shapes and a step that allocates what CUDA's does."""
-    if type(module).__name__.startswith("Linear8bit"):
+    if "Linear8bit" in type(module).__name__:
         codes = empty((module.out_features, module.in_features), torch.int8)
         module._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
         module.weight_scales = empty((module.out_features,), torch.float32)
         module.__class__ = _eight_bit_class()
         return
     old = module.weight
-    nested = bool(getattr(old, "compress_statistics", True))
+    nested, dtype = bool(getattr(old, "compress_statistics", True)), getattr(module, "unpacked_dtype", None)
     if (known := getattr(old, "quant_state", None)) is not None:
-        nested = bool(known.nested)
+        nested, dtype = bool(known.nested), known.dtype
     storage = getattr(old, "quant_storage", torch.uint8)
     shape = torch.Size((module.out_features, module.in_features))
-    state = _quant_state(shape, str(getattr(old, "quant_type", "nf4")), module.compute_dtype, nested, empty)
+    kind = str(getattr(old, "quant_type", "nf4"))
+    state = _quant_state(shape, kind, dtype or module.compute_dtype, nested, empty)
     length = -(-shape.numel() // 2) // storage.itemsize
     weight: Any = nn.Parameter(empty((length, 1), storage), requires_grad=False)
-    weight.quant_state = state
+    weight.quant_state, weight.quant_type, weight.compress_statistics = state, kind, nested  # PEFT reads the latter two
+    weight.quant_storage = storage
     module._parameters["weight"] = weight
     module.quant_state = state
     module.__class__ = _four_bit_class()
+
+
+def without_weights(model: nn.Module) -> None:
+    """Pack the model's layers on meta already, for adapters that ask them for their weights: DoRA."""
+
+    def on_meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for module in model.modules():
+        if is_packed(module):
+            empty_packed(module, on_meta)
 
 
 def packed_constants(module: nn.Module) -> Iterator[torch.Tensor]:
@@ -141,7 +155,7 @@ def _four_bit_class() -> type:
 
         # PEFT's DoRA unpacks a base weight by the class of the parameter, which a fake cannot have, or by asking the
         # module, if it has HQQ's W_q.
-        methods = {"forward": forward, "dequantize": dequantize, "W_q": None}
+        methods = {"forward": forward, "dequantize": dequantize, "W_q": property(lambda self: self.weight)}
         _classes["4bit"] = type("WeightlessLinear4bit", (Linear4bit,), methods)
     return _classes["4bit"]
 
@@ -154,5 +168,9 @@ def _eight_bit_class() -> type:
             product: Any = _EightBitProduct
             return product.apply(x, self.weight, self.weight_scales, self.bias)  # type: ignore[no-any-return]
 
-        _classes["8bit"] = type("WeightlessLinear8bitLt", (Linear8bitLt,), {"forward": forward})
+        def dequantize(self: Any) -> torch.Tensor:
+            return self.weight * self.weight_scales.view(-1, 1) * (1 / 127)  # type: ignore[no-any-return]
+
+        methods = {"forward": forward, "dequantize": dequantize, "W_q": property(lambda self: self.weight)}
+        _classes["8bit"] = type("WeightlessLinear8bitLt", (Linear8bitLt,), methods)
     return _classes["8bit"]

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ... import compat
 from ...models.layers import decoder_layers_path, unwrap
 from ..scenario import Scenario
-from .quantized import Empty, empty_packed, is_packed, packed_constants
+from .quantized import Empty, empty_packed, is_packed, packed_constants, without_weights
 
 
 @dataclass
@@ -73,6 +75,13 @@ def _decoder_layers(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
+    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks"),
+    *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+
+
 def _shortened(source: nn.Module, layers: Sequence[int]) -> Any:
     """A copy of the structure that shares no weight with the source: those are on meta."""
     all_layers = _decoder_layers(source)
@@ -83,12 +92,19 @@ def _shortened(source: nn.Module, layers: Sequence[int]) -> Any:
             memo[id(layer)] = None
     for tensor in (*source.parameters(), *source.buffers()):
         memo[id(tensor)] = _on_meta(tensor)
-    model: Any = copy.deepcopy(source, memo)
+    for module in source.modules():
+        # What accelerate, TRL or a callback put there is closed over the source, or would be copied with all it holds.
+        for name in _HOOKS:
+            memo[id(getattr(module, name))] = OrderedDict()
+        if "forward" in vars(module):
+            memo[id(vars(module)["forward"])] = None
+    with _TensorsToMeta():
+        model: Any = copy.deepcopy(source, memo)
     for module in model.modules():
-        module.__dict__.pop("forward", None)  # what accelerate or TRL put there is closed over the source
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-        module._backward_hooks.clear()
+        module.__dict__.pop("forward", None)
+        for name in ("gradient_checkpointing", "activation_checkpointing"):  # the scenario says whether
+            if name in vars(module):
+                setattr(module, name, False)
     base: Any = unwrap(model)
     path = decoder_layers_path_of(base, all_layers, source)
     parent_path, _, name = path.rpartition(".")
@@ -99,11 +115,21 @@ def _shortened(source: nn.Module, layers: Sequence[int]) -> Any:
         for module in numbered:
             module.layer_idx = place  # caches count by it
     config = base.config.get_text_config(decoder=True) if hasattr(base.config, "get_text_config") else base.config
-    types = getattr(config, "layer_types", None)
+    for name, value in list(vars(config).items()):  # layer_types and their like: one entry per layer
+        if isinstance(value, list) and len(value) == len(all_layers):
+            setattr(config, name, [value[index] for index in layers])
     config.num_hidden_layers = len(shortened)
-    if types is not None:
-        config.layer_types = [types[index] for index in layers]
     return model
+
+
+class _TensorsToMeta(TorchFunctionMode):
+    """Copies of tensors have no data, wherever they are found: in a quantised layer's state, in a cache."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__deepcopy__:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), _on_meta(tensor))
+        return func(*args, **(kwargs or {}))
 
 
 def decoder_layers_path_of(base: nn.Module, all_layers: nn.ModuleList, source: nn.Module) -> str:
@@ -128,23 +154,38 @@ def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _as_loaded(model: Any, scenario: Scenario) -> None:
-    """What `from_pretrained` makes of the weights: their dtype, their packing."""
+    """What `from_pretrained` makes of the model: its attention, the dtype of its weights, their packing."""
+    base: Any = unwrap(model)
+    base.config._attn_implementation = "eager" if scenario.attention == "eager" else "sdpa"  # and of all its parts
     if scenario.dtype is not None:
         dtype = getattr(torch, scenario.dtype)
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
     if scenario.quantization is not None:
+        unpacked = model.dtype  # what bitsandbytes unpacks to, whatever it computes in
         compat.replace_with_bitsandbytes(model, scenario.quantization)
+        for module in model.modules():
+            if is_packed(module):
+                module.unpacked_dtype = unpacked
         model.is_loaded_in_4bit = bool(scenario.quantization.load_in_4bit)
         model.is_loaded_in_8bit = bool(scenario.quantization.load_in_8bit)
         model.requires_grad_(False)
+
+
+def with_adapter(source: Any, scenario: Scenario) -> Any:
+    """A copy of a model on meta, loaded and given its adapter as the scenario says; to count what trains."""
+    model = _shortened(source, range(len(_decoder_layers(source))))
+    _as_loaded(model, scenario)
+    return model if scenario.peft_config is None else _with_adapter(model, scenario.peft_config)
 
 
 def _with_adapter(model: Any, peft_config: Any) -> Any:
     from peft import get_peft_model
 
     config = copy.deepcopy(peft_config)
+    if getattr(config, "use_dora", False):
+        without_weights(model)
     if getattr(config, "init_lora_weights", True) not in (True, False):
         config.init_lora_weights = True  # PiSSA and its kin compute with the weights, which are not there
     with warnings.catch_warnings():
@@ -189,4 +230,6 @@ def _fill(model: nn.Module, empty: Empty) -> None:
                 module._buffers[name] = filled[id(buffer)]
         for name, value in list(vars(module).items()):  # `original_inv_freq`, PEFT's lists of parameters
             if isinstance(value, torch.Tensor) and value.is_meta:
-                setattr(module, name, filled.get(id(value)) or empty(tuple(value.shape), value.dtype))
+                if id(value) not in filled:
+                    filled[id(value)] = empty(tuple(value.shape), value.dtype)
+                setattr(module, name, filled[id(value)])

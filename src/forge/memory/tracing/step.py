@@ -21,7 +21,7 @@ from torch import nn
 from ... import compat
 from ...models.layers import decoder_layers, unwrap
 from ..scenario import Scenario
-from .cuda import CudaWays, triton_tiles
+from .cuda import CudaWays, in_backward, recomputed_alike, triton_tiles
 from .optimizers import Optimizer
 from .quantized import Empty, packed_constants
 from .skeleton import Skeleton
@@ -39,7 +39,7 @@ def run(skeleton: Skeleton, scenario: Scenario, empty: Empty, shapes: Any = None
         empty: makes the batch.
         shapes: runs the operations on hollow tensors; None, with `empty` making real ones, runs them for real.
     """
-    tape = Tape(shapes=shapes, all_true=not (scenario.padded or scenario.packed))
+    tape = Tape(shapes=shapes, all_true=scenario.attention == "flash" or not (scenario.padded or scenario.packed))
     model = skeleton.model
     register_state(tape, skeleton, scenario, empty)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -47,6 +47,7 @@ def run(skeleton: Skeleton, scenario: Scenario, empty: Empty, shapes: Any = None
         warnings.simplefilter("ignore")
         if scenario.device == "cuda":
             stack.enter_context(triton_tiles())
+            stack.enter_context(recomputed_alike())
         trainer = _Trainer(skeleton, scenario)
         _mark_phases(skeleton, tape, trainer)
         for parameter in trainable:
@@ -54,11 +55,7 @@ def run(skeleton: Skeleton, scenario: Scenario, empty: Empty, shapes: Any = None
         optimizer = Optimizer(scenario.optim, trainable, tape, device=scenario.device)
         stack.enter_context(tape)
         if scenario.device == "cuda":
-            ways = CudaWays()
-            stack.enter_context(ways)
-            for module in model.modules():
-                if hasattr(module, "_gradient_checkpointing_func"):
-                    module._gradient_checkpointing_func = _recomputing_under(ways, module._gradient_checkpointing_func)
+            stack.enter_context(CudaWays())
         for step in range(1, STEPS + 1):
             for _ in range(min(2, scenario.accumulation)):
                 batch = _batch(scenario, empty)
@@ -224,26 +221,6 @@ def _stand_in(scenario: Scenario, skeleton: Skeleton) -> Any:
     return trainer
 
 
-def _recomputing_under(mode: Any, checkpoint: Any) -> Any:
-    """The engine runs backward without function modes: what checkpointing recomputes there must bring its own."""
-
-    def checkpointed(function: Any, *args: Any, **kwargs: Any) -> Any:
-        def run(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            if not in_backward():
-                return function(*inner_args, **inner_kwargs)
-            with mode:
-                return function(*inner_args, **inner_kwargs)
-
-        return checkpoint(run, *args, **kwargs)
-
-    return checkpointed
-
-
-def in_backward() -> bool:
-    """Whether this is called from within the autograd engine."""
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
 class _Accelerator:
     """What a trainer asks of accelerate while it computes a loss, in one process."""
 
@@ -266,27 +243,24 @@ def _batch(scenario: Scenario, empty: Empty) -> dict[str, Any]:
     """The tensors that the trainer's collator makes."""
     rows, length = scenario.rows, scenario.sequence_length
     shape = (1, rows * length) if scenario.packed else (rows, length)
-    whole = {name: empty(shape, torch.long) for name in ("input_ids", "attention_mask")}
     if scenario.trainer == "dpo":
-        whole["completion_mask"] = empty(shape, torch.long)
-        if scenario.reference == "precomputed":
-            for name in ("ref_chosen_logps", "ref_rejected_logps"):
-                whole[name] = empty((scenario.batch_size,), torch.float32)
-        return whole
-    whole["labels"] = empty(shape, torch.long)
-    if scenario.packed:
-        del whole["attention_mask"]
-        whole["position_ids"] = empty(shape, torch.long)
-    return whole
+        names = ["input_ids", "attention_mask", "completion_mask"]
+    else:
+        names = ["input_ids", "position_ids" if scenario.packed else "attention_mask", "labels"]
+    batch = {name: empty(shape, torch.long, name) for name in names}
+    if scenario.trainer == "dpo" and scenario.reference == "precomputed":
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            batch[name] = empty((scenario.batch_size,), torch.float32, name)
+    return batch
 
 
 def _mark_phases(skeleton: Skeleton, tape: Tape, trainer: _Trainer) -> None:
     """Hooks that say where the step is: in which layer, forward or backward."""
 
-    def entering(index: int) -> Any:
+    def entering(way: str, index: int) -> Any:
         def hook(*_: Any) -> None:
             if not in_backward():  # else it is recomputed, in that layer's backward
-                tape.phase(f"{trainer.step_name}.forward.layer", layer=index)
+                tape.phase(f"{trainer.step_name}.{way}.layer", layer=index)
 
         return hook
 
@@ -301,13 +275,24 @@ def _mark_phases(skeleton: Skeleton, tape: Tape, trainer: _Trainer) -> None:
 
         return hook
 
-    for index, layer in enumerate(skeleton.layers):
-        layer.register_forward_pre_hook(entering(index))
-        layer.register_forward_hook(leaving(index))
-    base: Any = unwrap(skeleton.model)
-    backbone = base.get_submodule(base.base_model_prefix) if base.base_model_prefix else base
+    def before_reference(*_: Any) -> None:
+        tape.phase(f"{trainer.step_name}.reference.embed")
 
     def after_backbone(*_: Any) -> None:
         tape.phase(f"{trainer.step_name}.forward.loss", "logits")
 
-    backbone.register_forward_hook(after_backbone)
+    for index, layer in enumerate(skeleton.layers):
+        layer.register_forward_pre_hook(entering("forward", index))
+        layer.register_forward_hook(leaving(index))
+    _backbone(skeleton.model).register_forward_hook(after_backbone)
+    if skeleton.reference is not None:
+        for index, layer in enumerate(decoder_layers(skeleton.reference)):
+            layer.register_forward_pre_hook(entering("reference", index))
+        _backbone(skeleton.reference).register_forward_pre_hook(before_reference)
+        _backbone(skeleton.reference).register_forward_hook(after_backbone)
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    """The model without its head."""
+    base: Any = unwrap(model)
+    return base.get_submodule(base.base_model_prefix) if base.base_model_prefix else base

@@ -99,6 +99,27 @@ class Recording:
                 name, layer = event[1], event[2]
         return found
 
+    def when(self, phase: str) -> dict[str, int]:
+        """Bytes by category when a phase begins for the last time."""
+        alive: dict[int, tuple[int, str]] = {}
+        totals: dict[str, int] = dict.fromkeys((*CATEGORIES, PAGED), 0)
+        found = dict(totals)
+        for event in self.events:
+            if event[0] == ALLOCATED:
+                alive[event[1]] = event[2], event[3]
+                totals[event[3]] += event[2]
+            elif event[0] == FREED:
+                size, category = alive.pop(event[1])
+                totals[category] -= size
+            elif event[0] == RECATEGORISED:
+                size, category = alive[event[1]]
+                alive[event[1]] = size, event[2]
+                totals[category] -= size
+                totals[event[2]] += size
+            elif event[1] == phase:
+                found = dict(totals)
+        return found
+
     def blocks(self) -> Iterator[tuple[int, int]]:
         """The events as `replay` takes them: (n, bytes) for an allocation, (n, -1) for its end."""
         paged = set()
@@ -152,6 +173,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.category: Category = "activations"
         self._layer: int | None = None  # whose forward or backward this is
         self._owners: dict[int, int | None] = {}  # of a living storage, the layer that it belongs to
+        self._last_owner: int | None = None
         self._all_true = all_true
         self._numbers: dict[int, int] = {}  # of a living storage, by its address
         self._watched: dict[int, weakref.ref[Any]] = {}
@@ -214,15 +236,16 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _owner(self, args: Any, index: int | None = None) -> int | None:
         """The layer that a result belongs to: the one that runs, else that of the argument it was made from."""
-        if self._layer is not None or not args:
+        if self._layer is not None:
             return self._layer
-        source = args[0]
+        source = args[0] if args else None
         if isinstance(source, (list, tuple)):
             source = source[index] if index is not None and index < len(source) else None
-        if not isinstance(source, torch.Tensor):
-            return None
+        if not isinstance(source, torch.Tensor):  # an optimizer makes a parameter's counter beside its moments
+            return self._last_owner if self.category == "optimizer" else None
         number = self._numbers.get(source.untyped_storage()._cdata)
-        return None if number is None else self._owners[number]
+        self._last_owner = None if number is None else self._owners[number]
+        return self._last_owner
 
     def _watch(self, tensor: torch.Tensor, category: Category, layer: int | None) -> None:
         storage = tensor.untyped_storage()

@@ -15,10 +15,11 @@ from typing import Any
 from torch import nn
 
 from ...errors import ForgeError
-from .tape import ALLOCATED, PHASE, Event, Recording
+from .tape import ALLOCATED, FREED, PHASE, Event, Recording
 
 SHORT = 5
 MIDDLE = 2  # of the five, the one that is repeated
+_COUNTER = 2048  # bytes that tokens per expert, losses per layer and norms of gradients do not exceed
 
 
 class IrregularError(ForgeError):
@@ -41,31 +42,87 @@ def runs_of(kinds: Sequence[Any]) -> list[list[int]]:
     return [[index for index, _ in group] for _, group in groupby(enumerate(kinds), key=lambda pair: pair[1])]
 
 
-def shortened(runs: Sequence[Sequence[int]]) -> list[int]:
-    """The layers to trace: all of a short run, five of a long one.
+def shortened(runs: Sequence[Sequence[int]], one_more_of: int | None = None) -> list[int]:
+    """The layers to trace: all of a short run, five of a long one; six of the run with the index `one_more_of`.
 
     >>> shortened([[0], list(range(1, 32))])
     [0, 1, 2, 3, 30, 31]
     """
-    return [i for run in runs for i in (run if len(run) <= SHORT else [*run[: MIDDLE + 1], *run[MIDDLE - SHORT + 1 :]])]
+    layers: list[int] = []
+    for index, run in enumerate(runs):
+        first = MIDDLE + 1 + (index == one_more_of)
+        layers += run if len(run) <= SHORT else [*run[:first], *run[MIDDLE - SHORT + 1 :]]
+    return layers
 
 
-def unroll(recording: Recording, runs: Sequence[Sequence[int]]) -> Recording:
+def unroll(
+    recording: Recording, runs: Sequence[Sequence[int]], growth: Sequence[dict[int, int]] | None = None
+) -> Recording:
     """The recording of all layers.
 
     Args:
         recording: of the layers that `shortened` names.
         runs: of the whole model.
+        growth: what `growth_of` says, per run, of storages beside the layers; without it they are as large as traced.
 
     Raises:
         IrregularError: see there.
     """
+    if growth is not None:
+        extra = [max(0, len(run) - SHORT) for run in runs]
+        recording = _grown(recording, growth, extra)
     start = 0
     for run in runs:
         if len(run) > SHORT:
             recording = _Run(recording, start + MIDDLE, len(run) - SHORT).repeated()
         start += len(run)
     return recording
+
+
+def growth_of(recording: Recording, longer: Recording, runs: Sequence[Sequence[int]], index: int) -> dict[int, int]:
+    """By how many bytes storages beside the layers grow for each layer: a prefix for all layers, say.
+
+    Args:
+        recording: of the layers that `shortened(runs)` names.
+        longer: of those that `shortened(runs, index)` names.
+        runs: of the whole model.
+        index: of the run that has one layer more.
+
+    Raises:
+        IrregularError: the longer one is not the shorter one with a layer repeated.
+    """
+    traced = [list(run[: SHORT + (place == index)]) for place, run in enumerate(runs)]
+    expected, found = (list(_of_weight(each)) for each in (unroll(recording, traced), longer))
+    if [each[0] for each in expected] != [each[0] for each in found]:
+        raise IrregularError("one layer more changes what happens beside the layers")
+    grown: dict[int, int] = {}
+    for (_, number, size, layer), (_, _, longer_size, _) in zip(expected, found, strict=True):
+        if size != longer_size:
+            if layer is not None:
+                raise IrregularError(f"layer {layer} allocates otherwise when there is one layer more")
+            grown[number] = longer_size - size
+    return grown
+
+
+def _of_weight(recording: Recording) -> Iterator[tuple[str, int, int, int | None]]:
+    """Phase, number, bytes and layer of each allocation that is worth a comparison: no counters, no scalars."""
+    phase = ""
+    for event in recording.events:
+        if event[0] == PHASE:
+            phase = event[1]
+        elif event[0] == ALLOCATED and event[2] > _COUNTER:
+            yield phase, event[1], event[2], event[4]
+
+
+def _grown(recording: Recording, growth: Sequence[dict[int, int]], extra: Sequence[int]) -> Recording:
+    events: list[Event] = []
+    for event in recording.events:
+        if event[0] == ALLOCATED:
+            size = event[2] + sum(each.get(event[1], 0) * layers for each, layers in zip(growth, extra, strict=True))
+            events.append((ALLOCATED, event[1], size, *event[3:]))
+        else:
+            events.append(event)
+    return Recording(events)
 
 
 class _Run:
@@ -79,6 +136,7 @@ class _Run:
         self._place: dict[int, tuple[str, int]] = {}  # of a layer's storage: the phase it was made in, and its number
         self._by_place: dict[tuple[int, str, int], tuple[int, int]] = {}  # layer, place -> storage and size
         self._copies: dict[tuple[int, str, int], int] = {}  # copy, place -> storage
+        self._adopt()
         self._index()
 
     def repeated(self) -> Recording:
@@ -97,6 +155,31 @@ class _Run:
                 self._emit(events, None, out)
                 self._from_above = False
         return Recording(out)
+
+    def _adopt(self) -> None:
+        """A storage made beside the layers that a layer frees is that layer's: the gradient of a router's logits."""
+        made: dict[int, tuple[str, int]] = {}
+        freed: dict[int, list[int]] = {}
+        phase, layer = "", None
+        for event in self._events:
+            if event[0] == PHASE:
+                phase, layer = event[1:]
+            elif event[0] == ALLOCATED and event[4] is None:
+                made[event[1]] = phase, event[2]
+            elif event[0] == FREED and layer is not None and event[1] in made:
+                freed.setdefault(layer, []).append(event[1])
+        trio = [sorted(freed.get(self._middle + step, ())) for step in (-1, 0, 1)]
+        below, middle, above = ([made[number] for number in numbers] for numbers in trio)
+        if middle and below == middle == above:
+            adopted = {
+                number: self._middle + step
+                for step, numbers in zip((-1, 0, 1), trio, strict=True)
+                for number in numbers
+            }
+            self._events = [
+                (*event[:4], adopted[event[1]]) if event[0] == ALLOCATED and event[1] in adopted else event
+                for event in self._events
+            ]
 
     def _index(self) -> None:
         phase, counts = "", dict[tuple[int, str], int]()
