@@ -21,7 +21,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from forge import EMACallback, MonitorCallback, get_preset
+from forge import EMACallback, MonitorCallback, estimate_model_memory, get_preset
 from forge.assets import conversations, smollm2
 
 SMALL_RUN = {
@@ -33,7 +33,7 @@ SMALL_RUN = {
 
 
 def main() -> None:
-    """Choose a preset, load, train under watch, compare before and after, save the average, reload."""
+    """Choose a preset, see what it needs, load, train under watch, compare, save the average, reload."""
     options = parse_options()
     started = time.perf_counter()
     train, held_out = load_data(options.data)
@@ -43,11 +43,13 @@ def main() -> None:
 
     preset = get_preset(options.preset, model=model_id, **overrides)
     preset.print_info()
+    args = preset.get_sft_config()
+    rows, length = args.per_device_train_batch_size, args.max_length
+    estimate_model_memory(model_id, rows, length, preset=preset, ema="device").print()
 
     tokenizer = AutoTokenizer.from_pretrained(model_id)
     model = AutoModelForCausalLM.from_pretrained(model_id, **preset.model_kwargs())
 
-    args = preset.get_sft_config()
     args.output_dir = str(options.output)
     ema, monitor = EMACallback(), MonitorCallback(report_dir=options.output / "report", preset=preset)
     trainer = SFTTrainer(

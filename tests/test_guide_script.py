@@ -14,7 +14,7 @@ from datasets import load_dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, Trainer
 
-from forge import EMACallback, MonitorCallback, get_preset
+from forge import EMACallback, MonitorCallback, estimate_model_memory, get_preset
 
 # What the guide's own steps cause, whatever the preset says; nothing else may warn.
 OF_THE_GUIDE = (
@@ -34,6 +34,10 @@ def test_train_with_forge(smollm2, conversations, tmp_path, capsys, warning_reco
     preset = get_preset("qlora", hardware="cpu", lora_r=32, lora_alpha=64, learning_rate=2e-4, num_train_epochs=3)
     preset.print_info()
     assert "lora_alpha" in capsys.readouterr().out
+
+    # 1b. What it needs
+    memory = estimate_model_memory(model_name, batch_size=1, sequence_length=max_length, preset=preset)
+    assert 0 < memory["parameters_gb"] < memory["total_estimated_gb"]
 
     # 2. The model
     tokenizer = AutoTokenizer.from_pretrained(model_name)

@@ -23,6 +23,7 @@ PUBLIC = {
     "UnknownNameError",
     "UnsupportedError",
     "estimate_model_memory",
+    "find_card",
     "get_memory_savings_estimate",
     "get_preset",
     "list_presets",

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+import trl.trainer.utils
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
 from forge import ConflictError, ForgeError, UnknownNameError, UnsupportedError, estimate_model_memory, get_preset
@@ -151,7 +152,9 @@ def test_what_each_dimension_does(config):
     assert need(ema="device") > need(ema="cpu") == plain
     assert need(freeze_ratio=0.5) < plain
     assert need(frozen_layers=4) == need(freeze_ratio=0.5)
-    assert need(trainer="plain") > plain
+    assert need(trainer="plain") >= plain
+    if hasattr(trl.trainer.utils, "add_fused_lm_head"):  # older TRL builds whole logits too
+        assert need(trainer="plain") > plain
     full = need("sft")
     assert need("sft", changes={"optim": "adamw_8bit"}) < full
     assert need("sft", changes={"optim": "adafactor"}) < full

@@ -131,3 +131,14 @@ def test_an_mxfp4_checkpoint_is_unpacked_for_training(tiny_config):
     assert kwargs["quantization_config"].dequantize
     with pytest.raises(ConflictError, match="already quantised as 'mxfp4'"):
         get_preset("qlora", hardware="hopper", model=config)
+
+
+def test_int8_layers_are_checkpointed_by_the_kind_that_frees_them():
+    """bitsandbytes keeps the inputs of its int8 layers where non-reentrant checkpointing does not look."""
+    kinds = {
+        precision: get_preset("qlora", hardware="ampere", precision=precision)
+        .choices["activation_checkpointing_kwargs"]
+        .value
+        for precision in ("nf4", "fp4", "int8")
+    }
+    assert kinds == {"nf4": {"use_reentrant": False}, "fp4": {"use_reentrant": False}, "int8": {"use_reentrant": True}}

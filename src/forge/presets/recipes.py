@@ -260,14 +260,20 @@ def _machine(setting: Setting) -> dict[str, Choice]:
         ),
     }
     if cuda:
-        choices["activation_checkpointing_kwargs"] = Choice(
-            {"use_reentrant": False}, "works with frozen inputs, and is what torch recommends", "torch.utils.checkpoint"
-        )
+        choices["activation_checkpointing_kwargs"] = _checkpointing_kind(method)
     if hardware.tf32:
         choices["tf32"] = Choice(
             True, "what remains in fp32 runs on tensor cores", "NVIDIA A100 whitepaper", hardware.rule
         )
     return choices
+
+
+def _checkpointing_kind(method: Method) -> Choice:
+    if method.precision == "int8":
+        why = "bitsandbytes' int8 layers keep their inputs where the other kind does not free them"
+        return Choice({"use_reentrant": True}, why, "bitsandbytes, MatMul8bitLt; benchmarks/int8_checkpointing.py")
+    why = "works with frozen inputs, and is what torch recommends"
+    return Choice({"use_reentrant": False}, why, "torch.utils.checkpoint")
 
 
 def _max_length(setting: Setting, preferred: int) -> Choice:

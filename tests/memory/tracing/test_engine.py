@@ -280,7 +280,7 @@ def test_what_cannot_be_traced_says_so() -> None:
         raise RuntimeError("needs the values\nof a tensor")
 
     model.__class__ = type("Stubborn", (type(model),), {"forward": by_value})
-    with pytest.raises(UntraceableError, match="RuntimeError: needs the values$") as raised:
+    with pytest.raises(UntraceableError, match=r"RuntimeError: needs the values$") as raised:
         trace(model, replace(TINY, trainer="plain"))
     assert isinstance(raised.value.__cause__, RuntimeError)
 

@@ -33,8 +33,8 @@ def rows(kind: str, count: int = 8) -> Any:
         return torch.randint(3, 200, (length,), generator=generator).tolist()
 
     if kind == "dpo":
-        names = {"prompt_ids": 16, "chosen_ids": LENGTH - 16, "rejected_ids": LENGTH - 16}
-        return Dataset.from_list([{name: tokens(length) for name, length in names.items()} for _ in range(count)])
+        answer = "a b c d e f g h"
+        return Dataset.from_list([{"prompt": "what follows?", "chosen": answer, "rejected": answer}] * count)
     found = [{"input_ids": (ids := tokens(LENGTH)), "labels": ids} for _ in range(count)]
     if kind == "plain":
         return Dataset.from_list([{**row, "attention_mask": [1] * LENGTH} for row in found])
@@ -69,10 +69,11 @@ def test_a_real_run_costs_what_is_traced(
     if checkpointing != "off":
         extra |= switched(use_reentrant=checkpointing == "reentrant")
     trainer = make_trainer(kind, model, trainer_options=options, bf16=bf16, **extra)
+    length = next(iter(trainer.get_train_dataloader()))["input_ids"].shape[1]
     real = _trained(trainer)
     scenario = Scenario(
         batch_size=2,
-        sequence_length=LENGTH,
+        sequence_length=length,
         device="cpu",
         trainer=kind,
         dtype=None,
@@ -117,7 +118,7 @@ def test_the_loss_is_that_of_the_installed_class(kind: Any, monkeypatch: pytest.
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("kind", CLASSES)
 def test_whole_logits_exist_only_where_the_trainer_makes_them(kind: Any, device: Any) -> None:
-    """TRL's fused head works in tiles of 4,096 tokens and 8,192 words; `Trainer` has logits of all, in fp32 too."""
+    """TRL's fused head works in tiles of 4,096 tokens; `Trainer` has logits of all, in fp32 too."""
     reference: Any = "precomputed" if kind == "dpo" else "none"
     vocabulary, rows_, length = 32_768, 8, 2048
     scenario = Scenario(trainer=kind, reference=reference, device=device, batch_size=rows_, sequence_length=length)

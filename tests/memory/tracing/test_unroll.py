@@ -37,11 +37,6 @@ CELLS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "dpo-adapter-off": ("qwen2", 8, {"trainer": "dpo", "reference": "adapter_off", "peft_config": lora()}),
     "accumulated-ema": ("mistral", 8, {"accumulation": 4, "ema": "device", "optim": "adamw_torch"}),
     "eager": ("olmo2", 8, {"attention": "eager", "optim": "adafactor"}),
-    "prefix-tuning": (
-        "llama",
-        8,
-        {"peft_config": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=32)},
-    ),
 }
 
 
@@ -69,17 +64,26 @@ def test_layers_that_alternate_are_all_traced(family: str) -> None:
     assert traced.layers == traced.depth == 8
 
 
+def test_a_prefix_for_all_layers_is_traced_for_all() -> None:
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=32)
+    traced = trace(source(layers=8), replace(BASE, peft_config=prefix))
+    assert traced.layers == traced.depth == 8
+
+
 def test_runs_and_what_is_traced_of_them() -> None:
     runs = runs_of([1, 1, 2, 2, 2, 2, 2, 2, 2])
     assert runs == [[0, 1], [2, 3, 4, 5, 6, 7, 8]]
     assert shortened(runs) == [0, 1, 2, 3, 4, 7, 8]
-    assert shortened(runs, 1) == [0, 1, 2, 3, 4, 5, 7, 8]
+    assert shortened([list(range(5))]) == [0, 1, 2, 3, 4]
 
 
 def test_layers_that_differ_are_refused() -> None:
     events: list[Any] = []
     for layer in range(5):
-        events += [(PHASE, "1.forward.layer", layer), (ALLOCATED, layer + 1, 64 * (1 + layer % 2), "activations", layer)]
+        events += [
+            (PHASE, "1.forward.layer", layer),
+            (ALLOCATED, layer + 1, 64 * (1 + layer % 2), "activations", layer),
+        ]
     with pytest.raises(IrregularError, match="differ"):
         unroll(Recording(events), [list(range(9))])
 

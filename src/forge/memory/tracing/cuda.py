@@ -154,11 +154,11 @@ class _NoOp:
 def recomputed_alike() -> Iterator[None]:
     """What checkpointing recomputes runs in CUDA's ways too: autograd's engine enters backward without function modes.
 
-    transformers binds its checkpoint function whenever checkpointing is switched on, which DPOTrainer does in every step.
+    transformers binds its checkpoint function whenever checkpointing is switched on: in each step of a DPOTrainer.
     """
     from transformers import modeling_utils
 
-    checkpoint: Any = modeling_utils.checkpoint  # type: ignore[attr-defined]
+    checkpoint: Any = modeling_utils.checkpoint
 
     def checkpointed(function: Any, *args: Any, **kwargs: Any) -> Any:
         if not getattr(_tracing, "on", False):

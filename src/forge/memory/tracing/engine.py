@@ -21,7 +21,7 @@ from .hollow import Shapes, hollow
 from .optimizers import check_optimizer
 from .skeleton import build
 from .tape import ALLOCATOR_BLOCK, Peak, Recording
-from .unroll import SHORT, IrregularError, growth_of, kind_of, runs_of, shortened, unroll
+from .unroll import IrregularError, kind_of, runs_of, shortened, unroll
 
 _one_at_a_time = threading.Lock()  # a trace stands in for a few functions of TRL while it runs
 
@@ -81,7 +81,8 @@ def trace(source: nn.Module, scenario: Scenario, *, all_layers: bool = False) ->
     check_optimizer(scenario.optim)
     try:
         with _one_at_a_time, _as_in_training():
-            return _trace(source, scenario, all_layers=all_layers or _layers_are_told_apart(source, scenario))
+            whole = all_layers or _looks_across_layers(source, scenario) or _layers_are_told_apart(source, scenario)
+            return _trace(source, scenario, all_layers=whole)
     except ForgeError:
         raise
     except Exception as error:
@@ -98,8 +99,7 @@ def _trace(source: nn.Module, scenario: Scenario, *, all_layers: bool) -> Traced
     recording = _run(source, scenario, few)
     if len(few) < len(everything):
         try:
-            growth = _growth(source, scenario, recording, runs) if _looks_across_layers(source, scenario) else None
-            recording = unroll(recording, runs, growth)
+            recording = unroll(recording, runs)
         except IrregularError:
             few = everything
             recording = _run(source, scenario, few)
@@ -122,18 +122,8 @@ def _run(source: nn.Module, scenario: Scenario, layers: Sequence[int]) -> Record
     return step.run(build(source, shorter, layers, hollow), shorter, hollow, Shapes())
 
 
-def _growth(
-    source: nn.Module, scenario: Scenario, recording: Recording, runs: Sequence[Sequence[int]]
-) -> list[dict[int, int]]:
-    """One more trace for each long run, with one layer more."""
-    return [
-        growth_of(recording, _run(source, scenario, shortened(runs, index)), runs, index) if len(run) > SHORT else {}
-        for index, run in enumerate(runs)
-    ]
-
-
 def _looks_across_layers(source: nn.Module, scenario: Scenario) -> bool:
-    """Whether tensors beside the layers hold something of all of them."""
+    """Whether tensors beside the layers hold something of all of them, and grow with the depth."""
     prefixes = any(hasattr(each, "prefix_projection") for each in _adapters(source, scenario))
     return bool(prefixes or getattr(_text_config(source), "hidden_size_per_layer_input", None))
 

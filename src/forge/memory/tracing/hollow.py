@@ -136,7 +136,8 @@ def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _grouped_product(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None = None, *_: Any, **__: Any) -> Any:
-    """Of experts' matrices (aten._grouped_mm), which the meta device takes in bfloat16 alone; rows are 16-byte aligned."""
+    """Of experts' matrices (aten._grouped_mm): the meta device takes bfloat16 alone. Rows are 16-byte aligned."""
+    shape: tuple[int, ...]
     if a.dim() == 2 and b.dim() == 2 and offsets is not None:  # rows are summed within their group
         shape = (offsets.shape[0], a.shape[0], b.shape[1])
     elif a.dim() == 2 or b.dim() == 2:

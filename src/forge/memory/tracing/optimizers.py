@@ -8,6 +8,7 @@ which PyTorch's allocator does not see and the driver moves to the host when the
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,6 +71,10 @@ class Optimizer:
             self._inner = Adafactor(parameters, scale_parameter=False, relative_step=False, lr=1e-4)
         else:
             self._inner = _torch_optimizer(name, parameters, device)
+        if self._inner is not None:
+            made = dict(self._inner.state)
+            self._inner.state = _Turns(tape)
+            self._inner.state.update(made)
 
     def step(self) -> None:
         """One step: the first one makes the state."""
@@ -93,6 +98,18 @@ class Optimizer:
         if eight_bit:
             scales = -(-count // _SCALED)
             self._state += [parameter.new_empty((scales,), dtype=torch.float32) for _ in range(self._moments)]
+
+
+class _Turns(defaultdict[torch.Tensor, dict[str, Any]]):
+    """An optimizer's state, which it looks up when a parameter's turn comes."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__(dict)
+        self._tape = tape
+
+    def __getitem__(self, parameter: torch.Tensor) -> dict[str, Any]:
+        self._tape.turn_of(parameter)
+        return super().__getitem__(parameter)
 
 
 def check_optimizer(name: str) -> None:

@@ -85,11 +85,27 @@ _HOOKS = (
 def _shortened(source: nn.Module, layers: Sequence[int]) -> Any:
     """A copy of the structure that shares no weight with the source: those are on meta."""
     all_layers = _decoder_layers(source)
-    memo: dict[int, Any] = {}
-    kept = set(layers)
-    for index, layer in enumerate(all_layers):
-        if index not in kept:
-            memo[id(layer)] = None
+    model = _copy(source, without=[layer for index, layer in enumerate(all_layers) if index not in set(layers)])
+    base: Any = unwrap(model)
+    path = decoder_layers_path_of(base, all_layers, source)
+    parent_path, _, name = path.rpartition(".")
+    shortened = nn.ModuleList([each for each in base.get_submodule(path) if each is not None])
+    setattr(base.get_submodule(parent_path), name, shortened)
+    for place, layer in enumerate(shortened):
+        numbered: list[Any] = [m for m in layer.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+        for module in numbered:
+            module.layer_idx = place  # caches count by it
+    config = base.config.get_text_config(decoder=True) if hasattr(base.config, "get_text_config") else base.config
+    for name, value in list(vars(config).items()):  # layer_types and their like: one entry per layer
+        if isinstance(value, list) and len(value) == len(all_layers):
+            setattr(config, name, [value[index] for index in layers])
+    config.num_hidden_layers = len(shortened)
+    return model
+
+
+def _copy(source: nn.Module, without: Sequence[nn.Module]) -> Any:
+    """The structure with None for some modules, without data, hooks and whatever else a trainer left on it."""
+    memo: dict[int, Any] = {id(module): None for module in without}
     for tensor in (*source.parameters(), *source.buffers()):
         memo[id(tensor)] = _on_meta(tensor)
     for module in source.modules():
@@ -105,20 +121,6 @@ def _shortened(source: nn.Module, layers: Sequence[int]) -> Any:
         for name in ("gradient_checkpointing", "activation_checkpointing"):  # the scenario says whether
             if name in vars(module):
                 setattr(module, name, False)
-    base: Any = unwrap(model)
-    path = decoder_layers_path_of(base, all_layers, source)
-    parent_path, _, name = path.rpartition(".")
-    shortened = nn.ModuleList([each for each in base.get_submodule(path) if each is not None])
-    setattr(base.get_submodule(parent_path), name, shortened)
-    for place, layer in enumerate(shortened):
-        numbered: list[Any] = [m for m in layer.modules() if isinstance(getattr(m, "layer_idx", None), int)]
-        for module in numbered:
-            module.layer_idx = place  # caches count by it
-    config = base.config.get_text_config(decoder=True) if hasattr(base.config, "get_text_config") else base.config
-    for name, value in list(vars(config).items()):  # layer_types and their like: one entry per layer
-        if isinstance(value, list) and len(value) == len(all_layers):
-            setattr(config, name, [value[index] for index in layers])
-    config.num_hidden_layers = len(shortened)
     return model
 
 

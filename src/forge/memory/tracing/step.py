@@ -39,7 +39,8 @@ def run(skeleton: Skeleton, scenario: Scenario, empty: Empty, shapes: Any = None
         empty: makes the batch.
         shapes: runs the operations on hollow tensors; None, with `empty` making real ones, runs them for real.
     """
-    tape = Tape(shapes=shapes, all_true=scenario.attention == "flash" or not (scenario.padded or scenario.packed))
+    all_true = scenario.attention == "flash" or not (scenario.padded or scenario.packed)
+    tape = Tape(shapes=shapes, all_true=all_true, counters=scenario.device == "cpu")
     model = skeleton.model
     register_state(tape, skeleton, scenario, empty)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -295,4 +296,5 @@ def _mark_phases(skeleton: Skeleton, tape: Tape, trainer: _Trainer) -> None:
 def _backbone(model: nn.Module) -> nn.Module:
     """The model without its head."""
     base: Any = unwrap(model)
-    return base.get_submodule(base.base_model_prefix) if base.base_model_prefix else base
+    backbone: nn.Module = base.get_submodule(base.base_model_prefix) if base.base_model_prefix else base
+    return backbone

@@ -105,19 +105,26 @@ class Recording:
         totals: dict[str, int] = dict.fromkeys((*CATEGORIES, PAGED), 0)
         found = dict(totals)
         for event in self.events:
-            if event[0] == ALLOCATED:
-                alive[event[1]] = event[2], event[3]
-                totals[event[3]] += event[2]
-            elif event[0] == FREED:
-                size, category = alive.pop(event[1])
-                totals[category] -= size
-            elif event[0] == RECATEGORISED:
-                size, category = alive[event[1]]
-                alive[event[1]] = size, event[2]
-                totals[category] -= size
-                totals[event[2]] += size
-            elif event[1] == phase:
+            if event[0] == PHASE and event[1] == phase:
                 found = dict(totals)
+            _apply(event, alive, totals)
+        return found
+
+    def timeline(self, since: str, *, points: int) -> list[dict[str, int]]:
+        """Bytes by category since a phase last began: of each of `points` equal spans the instant of most."""
+        begin = max(index for index, event in enumerate(self.events) if event[0] == PHASE and event[1] == since)
+        span = max(1, (len(self.events) - begin) // points)
+        alive: dict[int, tuple[int, str]] = {}
+        totals: dict[str, int] = dict.fromkeys((*CATEGORIES, PAGED), 0)
+        found: list[dict[str, int]] = []
+        for index, event in enumerate(self.events):
+            _apply(event, alive, totals)
+            if index < begin:
+                continue
+            if (index - begin) % span == 0:
+                found.append(dict(totals))
+            elif sum(totals.values()) > sum(found[-1].values()):
+                found[-1] = dict(totals)
         return found
 
     def blocks(self) -> Iterator[tuple[int, int]]:
@@ -136,6 +143,21 @@ class Recording:
     def paged(self) -> int:
         """Bytes in managed memory."""
         return sum(event[2] for event in self.events if event[0] == ALLOCATED and event[3] == PAGED)
+
+
+def _apply(event: Event, alive: dict[int, tuple[int, str]], totals: dict[str, int]) -> None:
+    """Bring the totals up to date with an event."""
+    if event[0] == ALLOCATED:
+        alive[event[1]] = event[2], event[3]
+        totals[event[3]] += event[2]
+    elif event[0] == FREED:
+        size, category = alive.pop(event[1])
+        totals[category] -= size
+    elif event[0] == RECATEGORISED:
+        size, category = alive[event[1]]
+        alive[event[1]] = size, event[2]
+        totals[category] -= size
+        totals[event[2]] += size
 
 
 @dataclass(frozen=True)
@@ -164,9 +186,10 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         shapes: runs the operations on hollow tensors; None lets them run for real.
         all_true: what a truth value read from a hollow tensor is: "are all tokens real?" without padding.
+        counters: whether numbers that an optimizer makes from Python's count; those of a GPU's are on the host.
     """
 
-    def __init__(self, *, shapes: Shapes | None = None, all_true: bool = True) -> None:
+    def __init__(self, *, shapes: Shapes | None = None, all_true: bool = True, counters: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._shapes = shapes
         self.recording = Recording()
@@ -174,7 +197,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._layer: int | None = None  # whose forward or backward this is
         self._owners: dict[int, int | None] = {}  # of a living storage, the layer that it belongs to
         self._last_owner: int | None = None
-        self._all_true = all_true
+        self._all_true, self._counters = all_true, counters
         self._numbers: dict[int, int] = {}  # of a living storage, by its address
         self._watched: dict[int, weakref.ref[Any]] = {}
         self._count = 0
@@ -194,6 +217,10 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What follows belongs to this phase, is of this category, and belongs to this layer if one is named."""
         self.category, self._layer = category, layer
         self.recording.events.append((PHASE, name, layer))
+
+    def turn_of(self, tensor: torch.Tensor) -> None:
+        """What an optimizer makes from no tensor, from now on, belongs to this one's layer: counters, zeros."""
+        self._last_owner = self._owners.get(self._numbers.get(tensor.untyped_storage()._cdata, -1))
 
     @contextmanager
     def allocating(self, category: Category) -> Iterator[None]:
@@ -222,6 +249,10 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.index.Tensor and self._shapes:
             args = (args[0], self._without_masks(args[1]))
         out = self._shapes.run(func, args, kwargs) if self._shapes else func(*args, **kwargs)
+        if func is torch.ops.aten.lift_fresh.default and self.category == "optimizer":  # torch.tensor(0.0): a counter
+            if self._counters:
+                self._watch(out, self.category, self._last_owner)
+            return out
         category: Category = "quantization" if func._opname in _UNPACKED else self.category
         if isinstance(out, torch.Tensor):
             self._watch(out, category, self._owner(args))
@@ -241,7 +272,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         source = args[0] if args else None
         if isinstance(source, (list, tuple)):
             source = source[index] if index is not None and index < len(source) else None
-        if not isinstance(source, torch.Tensor):  # an optimizer makes a parameter's counter beside its moments
+        if not isinstance(source, torch.Tensor):
             return self._last_owner if self.category == "optimizer" else None
         number = self._numbers.get(source.untyped_storage()._cdata)
         self._last_owner = None if number is None else self._owners[number]

@@ -3,7 +3,7 @@
 Layers of one kind that follow each other form a run. Five of a run are traced: its first two, its last two, and one in
 the middle whose neighbours are its like. For a longer run the middle one's events are repeated, its own storages as new
 ones, its neighbours' as its neighbours'. The result is the tape of the whole depth, storage by storage, which both the
-peak and the caching allocator's share are then read from (tests/memory/test_unroll.py holds it against real ones).
+peak and the caching allocator's share are then read from (tests/memory/tracing/test_unroll.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from .tape import ALLOCATED, FREED, PHASE, Event, Recording
 
 SHORT = 5
 MIDDLE = 2  # of the five, the one that is repeated
-_COUNTER = 2048  # bytes that tokens per expert, losses per layer and norms of gradients do not exceed
 
 
 class IrregularError(ForgeError):
@@ -42,87 +41,43 @@ def runs_of(kinds: Sequence[Any]) -> list[list[int]]:
     return [[index for index, _ in group] for _, group in groupby(enumerate(kinds), key=lambda pair: pair[1])]
 
 
-def shortened(runs: Sequence[Sequence[int]], one_more_of: int | None = None) -> list[int]:
-    """The layers to trace: all of a short run, five of a long one; six of the run with the index `one_more_of`.
+def shortened(runs: Sequence[Sequence[int]]) -> list[int]:
+    """The layers to trace: all of a short run, five of a long one.
 
     >>> shortened([[0], list(range(1, 32))])
     [0, 1, 2, 3, 30, 31]
     """
-    layers: list[int] = []
-    for index, run in enumerate(runs):
-        first = MIDDLE + 1 + (index == one_more_of)
-        layers += run if len(run) <= SHORT else [*run[:first], *run[MIDDLE - SHORT + 1 :]]
-    return layers
+    return [i for run in runs for i in (run if len(run) <= SHORT else [*run[: MIDDLE + 1], *run[MIDDLE - SHORT + 1 :]])]
 
 
-def unroll(
-    recording: Recording, runs: Sequence[Sequence[int]], growth: Sequence[dict[int, int]] | None = None
-) -> Recording:
+def unroll(recording: Recording, runs: Sequence[Sequence[int]]) -> Recording:
     """The recording of all layers.
 
     Args:
         recording: of the layers that `shortened` names.
         runs: of the whole model.
-        growth: what `growth_of` says, per run, of storages beside the layers; without it they are as large as traced.
 
     Raises:
         IrregularError: see there.
     """
-    if growth is not None:
-        extra = [max(0, len(run) - SHORT) for run in runs]
-        recording = _grown(recording, growth, extra)
     start = 0
     for run in runs:
         if len(run) > SHORT:
             recording = _Run(recording, start + MIDDLE, len(run) - SHORT).repeated()
         start += len(run)
+    _check(recording)
     return recording
 
 
-def growth_of(recording: Recording, longer: Recording, runs: Sequence[Sequence[int]], index: int) -> dict[int, int]:
-    """By how many bytes storages beside the layers grow for each layer: a prefix for all layers, say.
-
-    Args:
-        recording: of the layers that `shortened(runs)` names.
-        longer: of those that `shortened(runs, index)` names.
-        runs: of the whole model.
-        index: of the run that has one layer more.
-
-    Raises:
-        IrregularError: the longer one is not the shorter one with a layer repeated.
-    """
-    traced = [list(run[: SHORT + (place == index)]) for place, run in enumerate(runs)]
-    expected, found = (list(_of_weight(each)) for each in (unroll(recording, traced), longer))
-    if [each[0] for each in expected] != [each[0] for each in found]:
-        raise IrregularError("one layer more changes what happens beside the layers")
-    grown: dict[int, int] = {}
-    for (_, number, size, layer), (_, _, longer_size, _) in zip(expected, found, strict=True):
-        if size != longer_size:
-            if layer is not None:
-                raise IrregularError(f"layer {layer} allocates otherwise when there is one layer more")
-            grown[number] = longer_size - size
-    return grown
-
-
-def _of_weight(recording: Recording) -> Iterator[tuple[str, int, int, int | None]]:
-    """Phase, number, bytes and layer of each allocation that is worth a comparison: no counters, no scalars."""
-    phase = ""
-    for event in recording.events:
-        if event[0] == PHASE:
-            phase = event[1]
-        elif event[0] == ALLOCATED and event[2] > _COUNTER:
-            yield phase, event[1], event[2], event[4]
-
-
-def _grown(recording: Recording, growth: Sequence[dict[int, int]], extra: Sequence[int]) -> Recording:
-    events: list[Event] = []
+def _check(recording: Recording) -> None:
+    alive: set[int] = set()
     for event in recording.events:
         if event[0] == ALLOCATED:
-            size = event[2] + sum(each.get(event[1], 0) * layers for each, layers in zip(growth, extra, strict=True))
-            events.append((ALLOCATED, event[1], size, *event[3:]))
-        else:
-            events.append(event)
-    return Recording(events)
+            alive.add(event[1])
+        elif event[0] != PHASE and event[1] not in alive:
+            raise IrregularError("a storage is freed twice: the layers do not take turns")
+        elif event[0] == FREED:
+            alive.remove(event[1])
 
 
 class _Run:
@@ -214,16 +169,26 @@ class _Run:
 
     def _beside_layers(self, events: list[Event], out: list[Event]) -> None:
         """The optimizer, the state before the first step: each layer's events, where they come."""
-        for owner, group in groupby(events, key=self._belongs_to):
-            if owner != self._middle:
-                self._emit(group, None, out)
-                continue
-            repeated = list(group)
-            for copy in range(self._count + 1):
-                self._emit(repeated, copy, out)
+        for actor, group in groupby(self._acting(events), key=lambda pair: pair[0]):
+            of_one = [event for _, event in group]
+            if actor == self._middle:
+                for copy in range(self._count + 1):
+                    self._emit(of_one, copy, out)
+            else:
+                self._from_above = actor == self._middle + 1
+                self._emit(of_one, None, out)
+                self._from_above = False
 
-    def _belongs_to(self, event: Event) -> int | None:
-        return None if event[0] == PHASE else self._owner.get(event[1])
+    def _acting(self, events: list[Event]) -> Iterator[tuple[int | None, Event]]:
+        """Each event with the layer whose turn it is: a loop's variable keeps a tensor into the next one's turn."""
+        turn: int | None = None
+        for event in events:
+            owner = None if event[0] == PHASE else self._owner.get(event[1])
+            if event[0] == ALLOCATED and owner is not None:
+                turn = owner
+            elif event[0] == FREED and turn is not None and owner == turn - 1:
+                owner = turn
+            yield owner, event
 
     def _emit(self, events: Any, copy: int | None, out: list[Event]) -> None:
         for event in events:
