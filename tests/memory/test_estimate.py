@@ -1,6 +1,7 @@
 """The public estimate: its keys, what it reads from models, presets and options, and what it refuses."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 
 import pytest
@@ -295,3 +296,11 @@ def test_the_real_model(smollm2):
     memory = estimate_model_memory(smollm2, 4, 128, preset=get_preset("qlora", model=smollm2, hardware="ampere"))
     adapters = 4_884_480 * 4
     assert memory["parameters_gb"] * GB == pytest.approx(109_777_792 + adapters, rel=1e-3)
+
+
+def test_nothing_is_logged_or_warned(config, caplog, recwarn):
+    before = {name: logging.getLogger(name).level for name in ("transformers", "trl", "peft")}
+    estimate_model_memory(config, 2, 128, preset=_preset(config), trainer="plain")
+    assert not caplog.records
+    assert not list(recwarn)
+    assert before == {name: logging.getLogger(name).level for name in before}

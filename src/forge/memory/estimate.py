@@ -121,13 +121,9 @@ def _from_trace(traced: Traced, run: Described, assumptions: list[str]) -> tuple
             f"{traced.paged / 2**30:.2f} GiB of paged optimizer state lie in managed memory, which the driver moves to "
             "the host when the GPU is full: not counted"
         )
-    if run.scenario.quantization is not None or _packed(parts):
-        assumptions.append("the largest step in loading, one 16-bit weight beside the packed ones, is below the peak")
+    if run.scenario.quantization is not None:
+        assumptions.append("of loading, in which weights are packed as they are read, nothing is estimated")
     return parts, traced.reserved, traced.paged, _in_words(traced.peak.phase, traced.peak.layer)
-
-
-def _packed(parts: dict[str, int]) -> bool:
-    return parts["quantization"] > 0
 
 
 def _in_words(phase: str, layer: int | None) -> str:

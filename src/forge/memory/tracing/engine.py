@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -112,8 +113,22 @@ def _trace(source: nn.Module, scenario: Scenario, *, all_layers: bool) -> Traced
 @contextmanager
 def _as_in_training() -> Iterator[None]:
     """Whatever the caller switched off or on around the call."""
-    with torch.inference_mode(False), torch.enable_grad(), _outside_autocast(), torch.device("cpu"):
+    with torch.inference_mode(False), torch.enable_grad(), _outside_autocast(), torch.device("cpu"), _quiet():
         yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing is logged of a run that does not take place."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "trl", "peft", "accelerate", "bitsandbytes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _run(source: nn.Module, scenario: Scenario, layers: Sequence[int]) -> Recording:
