@@ -124,7 +124,7 @@ def test_a_live_model_is_estimated_as_it_stands(lora, config):
 
 @pytest.fixture
 def lora():
-    from tests.support.models import lora as make
+    from support.models import lora as make
 
     return make
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.support.models import lora
+from support.models import lora
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from forge import UnsupportedError, get_memory_savings_estimate

@@ -58,6 +58,18 @@ def test_unrolled_is_the_whole_depth(cell: str) -> None:
         assert short.peak.parts[category] == pytest.approx(size, rel=0.001, abs=4096), category
 
 
+@pytest.mark.parametrize("changes", [{"peft_config": lora()}, {"checkpointing": "non_reentrant"}, QLORA])
+def test_kinds_that_take_turns_are_unrolled_by_the_turn(changes: dict[str, Any]) -> None:
+    kinds = ["sliding_attention", "full_attention"] * 9 + ["sliding_attention"]
+    model = source("gemma3", 19, layer_types=kinds, sliding_window=64)
+    scenario = replace(BASE, **changes)
+    short, whole = trace(model, scenario), trace(model, scenario, all_layers=True)
+    assert (short.layers, whole.layers) == (11, 19)
+    assert short.peak.total == pytest.approx(whole.peak.total, rel=0.001)
+    assert short.peak.phase == whole.peak.phase
+    assert short.reserved == pytest.approx(whole.reserved, rel=0.01, abs=2 * 2**20)
+
+
 @pytest.mark.parametrize("family", ["gemma3", "gpt_oss"])
 def test_layers_that_alternate_are_all_traced(family: str) -> None:
     traced = trace(source(family, 8), replace(BASE, peft_config=lora()))

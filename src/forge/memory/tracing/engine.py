@@ -22,7 +22,7 @@ from .hollow import Shapes, hollow
 from .optimizers import check_optimizer
 from .skeleton import build
 from .tape import ALLOCATOR_BLOCK, Peak, Recording
-from .unroll import IrregularError, kind_of, runs_of, shortened, unroll
+from .unroll import IrregularError, kind_of, relabelled, runs_of, shortened, units_of, unroll
 
 _one_at_a_time = threading.Lock()  # a trace stands in for a few functions of TRL while it runs
 
@@ -94,18 +94,23 @@ def trace(source: nn.Module, scenario: Scenario, *, all_layers: bool = False) ->
 
 
 def _trace(source: nn.Module, scenario: Scenario, *, all_layers: bool) -> Traced:
-    runs = runs_of(_kinds(source, scenario))
-    everything = range(runs[-1][-1] + 1)
-    few: Sequence[int] = everything if all_layers else shortened(runs)
+    kinds = _kinds(source, scenario)
+    everything = range(len(kinds))
+    units = [[index] for index in everything] if all_layers else units_of(kinds)
+    runs = runs_of([tuple(kinds[index] for index in unit) for unit in units])
+    few = list(everything) if all_layers else [index for number in shortened(runs) for index in units[number]]
     recording = _run(source, scenario, few)
     if len(few) < len(everything):
         try:
-            recording = unroll(recording, runs)
+            places = [place for place, number in enumerate(shortened(runs)) for _ in units[number]]
+            recording = unroll(relabelled(recording, places), runs)
         except IrregularError:
-            few = everything
+            units, few = [[index] for index in everything], list(everything)
             recording = _run(source, scenario, few)
     cuda = scenario.device == "cuda"
     peak = recording.peak(ALLOCATOR_BLOCK if cuda else 1)
+    if peak.layer is not None:
+        peak = replace(peak, layer=units[peak.layer][-1])
     reserved = replay(recording.blocks()).reserved_peak if cuda else peak.total
     return Traced(peak, reserved, recording.paged, len(few), len(everything), recording)
 

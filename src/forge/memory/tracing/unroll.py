@@ -1,6 +1,7 @@
 """From the tape of a few layers to the tape of them all.
 
-Layers of one kind that follow each other form a run. Five of a run are traced: its first two, its last two, and one in
+Layers of one kind that follow each other form a run; where kinds take turns, as local and global attention do, a whole
+turn counts as one layer. Five of a run are traced: its first two, its last two, and one in
 the middle whose neighbours are its like. For a longer run the middle one's events are repeated, its own storages as new
 ones, its neighbours' as its neighbours'. The result is the tape of the whole depth, storage by storage, which both the
 peak and the caching allocator's share are then read from (tests/memory/tracing/test_unroll.py).
@@ -18,6 +19,8 @@ from ...errors import ForgeError
 from .tape import ALLOCATED, FREED, PHASE, Event, Recording
 
 SHORT = 5
+LONGEST_TURN = 8  # layers of a turn, as far as one is looked for
+WORTH_A_TRY = 0.6  # share of the layers: turns may turn out irregular, and then all are traced after all
 MIDDLE = 2  # of the five, the one that is repeated
 
 
@@ -39,6 +42,43 @@ def runs_of(kinds: Sequence[Any]) -> list[list[int]]:
     [[0], [1, 2, 3]]
     """
     return [[index for index, _ in group] for _, group in groupby(enumerate(kinds), key=lambda pair: pair[1])]
+
+
+def units_of(kinds: Sequence[Any]) -> list[list[int]]:
+    """The layers in units that follow each other, such that the fewest layers have to be traced.
+
+    >>> units_of(["local", "local", "global"] * 12 + ["local"])[-3:]
+    [[30, 31, 32], [33, 34, 35], [36]]
+    >>> units_of(["dense"] * 3)
+    [[0], [1], [2]]
+    """
+    layers = range(len(kinds))
+    found = []
+    for period in range(1, LONGEST_TURN + 1):
+        whole = len(kinds) // period * period
+        units = [list(layers[start : start + period]) for start in range(0, whole, period)]
+        units += [[index] for index in layers[whole:]]
+        runs = runs_of([tuple(kinds[index] for index in unit) for unit in units])
+        cost = sum(len(units[number]) for number in shortened(runs))
+        if period == 1 or cost <= WORTH_A_TRY * len(kinds):
+            found.append((cost, period, units))
+    return min(found)[2]
+
+
+def relabelled(recording: Recording, units: Sequence[int]) -> Recording:
+    """The recording with units in the place of layers.
+
+    Args:
+        recording: with the indices of layers.
+        units: the number of each layer's unit.
+    """
+
+    def of(layer: int | None) -> int | None:
+        return None if layer is None else units[layer]
+
+    return Recording(
+        [(*event[:-1], of(event[-1])) if event[0] in (ALLOCATED, PHASE) else event for event in recording.events]
+    )
 
 
 def shortened(runs: Sequence[Sequence[int]]) -> list[int]:
@@ -155,11 +195,11 @@ class _Run:
                 raise IrregularError(f"layers {self._middle} and {neighbour} differ in what they allocate")
 
     def _segments(self) -> Iterator[tuple[int | None, list[Event]]]:
-        """Events from one phase to the next, with the layer whose forward or backward that is."""
+        """Events from one phase to the next, with the layer whose forward or backward that is; of a turn, all of it."""
         segment: list[Event] = []
         layer: int | None = None
         for event in self._events:
-            if event[0] == PHASE:
+            if event[0] == PHASE and (event[2] is None or event[2] != layer):
                 if segment:
                     yield layer, segment
                 segment, layer = [], event[2]
