@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support.models import lora
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from forge import UnsupportedError, get_memory_savings_estimate
+from support.models import lora
 
 GB = 2**30
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 512}
