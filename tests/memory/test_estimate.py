@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
 from forge import ConflictError, ForgeError, UnknownNameError, UnsupportedError, estimate_model_memory, get_preset
 from forge.memory import overheads
-from forge.memory.result import PARTS
+from forge.memory.part import PARTS
 
 SIZES = {
     "hidden_size": 512,

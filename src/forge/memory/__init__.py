@@ -7,6 +7,7 @@ analytic.py    the formulas behind it, for what cannot be traced
 allocator.py   a model of PyTorch's caching allocator: what is reserved for what is allocated
 overheads.py   CUDA context, cuBLAS workspaces, the width of the band     (sharding.py: DDP, ZeRO, FSDP)
 result.py      MemoryEstimate: the numbers, and the questions asked of them   (search.py, printed.py, calibration.py)
+part.py        the parts that memory is told in
 cards.py       what GPUs really offer
 plan.py        plan_training: what fits, and what to change               (levers.py: one lever each)
 savings.py     what freezing saves

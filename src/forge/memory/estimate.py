@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from . import overheads
 from .describe import Described, describe
-from .result import PARTS, Bytes, MemoryEstimate
+from .part import PARTS
+from .result import Bytes, MemoryEstimate
 from .sharding import sharded
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def estimate_described(run: Described) -> MemoryEstimate:
 
 
 def _from_trace(traced: Traced, run: Described, assumptions: list[str]) -> tuple[dict[str, int], int, int, str]:
-    parts = {name: traced.peak.parts[name] for name in PARTS}
+    parts: dict[str, int] = {name: traced.peak.parts[name] for name in PARTS}
     if traced.paged:
         assumptions.append(
             f"{traced.paged / 2**30:.2f} GiB of paged optimizer state lie in managed memory, which the driver moves to "

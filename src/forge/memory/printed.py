@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..reporting import Table
-from .result import PARTS
+from .part import PARTS
 
 if TYPE_CHECKING:
     from .result import MemoryEstimate

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConflictError
 from .cards import Card, find_card
+from .part import PARTS
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -15,16 +16,6 @@ if TYPE_CHECKING:
     from .describe import Described
 
 GB = 2**30
-PARTS = (
-    "parameters",
-    "gradients",
-    "optimizer",
-    "activations",
-    "logits",
-    "quantization",
-    "reference_model",
-    "workspace",
-)
 Engine = Literal["trace", "analytic"]
 
 

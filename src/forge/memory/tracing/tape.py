@@ -12,33 +12,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..part import PARTS, Part
 from .hollow import Shapes
-
-Category = Literal[
-    "parameters",
-    "gradients",
-    "optimizer",
-    "activations",
-    "logits",
-    "quantization",
-    "reference_model",
-    "workspace",
-]
-CATEGORIES: tuple[Category, ...] = (
-    "parameters",
-    "gradients",
-    "optimizer",
-    "activations",
-    "logits",
-    "quantization",
-    "reference_model",
-    "workspace",
-)
 
 PARAMETERS = "parameters"
 PAGED = "paged"
@@ -69,7 +49,7 @@ class Recording:
             block: round each size up to a multiple of this.
         """
         alive: dict[int, tuple[int, str]] = {}
-        totals: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
+        totals: dict[str, int] = dict.fromkeys(PARTS, 0)
         total, highest = 0, -1
         name, layer = "", None
         found = Peak("", None, dict(totals))
@@ -102,7 +82,7 @@ class Recording:
     def when(self, phase: str) -> dict[str, int]:
         """Bytes by category when a phase begins for the last time."""
         alive: dict[int, tuple[int, str]] = {}
-        totals: dict[str, int] = dict.fromkeys((*CATEGORIES, PAGED), 0)
+        totals: dict[str, int] = dict.fromkeys((*PARTS, PAGED), 0)
         found = dict(totals)
         for event in self.events:
             if event[0] == PHASE and event[1] == phase:
@@ -115,7 +95,7 @@ class Recording:
         begin = max(index for index, event in enumerate(self.events) if event[0] == PHASE and event[1] == since)
         span = max(1, (len(self.events) - begin) // points)
         alive: dict[int, tuple[int, str]] = {}
-        totals: dict[str, int] = dict.fromkeys((*CATEGORIES, PAGED), 0)
+        totals: dict[str, int] = dict.fromkeys((*PARTS, PAGED), 0)
         found: list[dict[str, int]] = []
         for index, event in enumerate(self.events):
             _apply(event, alive, totals)
@@ -193,7 +173,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._shapes = shapes
         self.recording = Recording()
-        self.category: Category = "activations"
+        self.category: Part = "activations"
         self._layer: int | None = None  # whose forward or backward this is
         self._owners: dict[int, int | None] = {}  # of a living storage, the layer that it belongs to
         self._last_owner: int | None = None
@@ -202,18 +182,18 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._watched: dict[int, weakref.ref[Any]] = {}
         self._count = 0
 
-    def register(self, tensors: Iterable[torch.Tensor], category: Category, layer: int | None = None) -> None:
+    def register(self, tensors: Iterable[torch.Tensor], category: Part, layer: int | None = None) -> None:
         """Count what is there before the step: parameters, buffers, inputs."""
         for tensor in tensors:
             self._watch(tensor, category, layer)
 
-    def recategorise(self, tensor: torch.Tensor, category: Category) -> None:
+    def recategorise(self, tensor: torch.Tensor, category: Part) -> None:
         """A storage turns out to be something else: an activation's gradient that became a parameter's."""
         number = self._numbers.get(tensor.untyped_storage()._cdata)
         if number is not None:
             self.recording.events.append((RECATEGORISED, number, category))
 
-    def phase(self, name: str, category: Category = "activations", layer: int | None = None) -> None:
+    def phase(self, name: str, category: Part = "activations", layer: int | None = None) -> None:
         """What follows belongs to this phase, is of this category, and belongs to this layer if one is named."""
         self.category, self._layer = category, layer
         self.recording.events.append((PHASE, name, layer))
@@ -223,7 +203,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._last_owner = self._owners.get(self._numbers.get(tensor.untyped_storage()._cdata, -1))
 
     @contextmanager
-    def allocating(self, category: Category) -> Iterator[None]:
+    def allocating(self, category: Part) -> Iterator[None]:
         """What is allocated inside is of this category."""
         before, self.category = self.category, category
         try:
@@ -231,7 +211,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self.category = before
 
-    def transient(self, size: int, category: Category = "workspace") -> None:
+    def transient(self, size: int, category: Part = "workspace") -> None:
         """Count bytes that a kernel takes from the allocator and returns before it ends."""
         number = self._next()
         self.recording.events += [(ALLOCATED, number, size, category, self._layer), (FREED, number)]
@@ -253,7 +233,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._counters:
                 self._watch(out, self.category, self._last_owner)
             return out
-        category: Category = "quantization" if func._opname in _UNPACKED else self.category
+        category: Part = "quantization" if func._opname in _UNPACKED else self.category
         if isinstance(out, torch.Tensor):
             self._watch(out, category, self._owner(args))
         elif isinstance(out, (list, tuple)):
@@ -278,7 +258,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._last_owner = None if number is None else self._owners[number]
         return self._last_owner
 
-    def _watch(self, tensor: torch.Tensor, category: Category, layer: int | None) -> None:
+    def _watch(self, tensor: torch.Tensor, category: Part, layer: int | None) -> None:
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self._numbers:
