@@ -48,7 +48,7 @@ def formulas(run: Described) -> tuple[dict[str, int], int, int, str]:
     logits = _logits_bytes(base, scenario, tokens)
     state, paged = _state_bytes(scenario.optim, counts.trainable, on_gpu=scenario.device == "cuda")
     shadow = 4 * counts.trainable if scenario.ema == "device" else 0
-    parts: dict[str, int] = {**dict.fromkeys(PARTS, 0)} | {
+    parts: dict[str, int] = dict.fromkeys(map(str, PARTS), 0) | {
         "parameters": counts.weight_bytes,
         "gradients": counts.gradient_bytes,
         "optimizer": state + shadow,
