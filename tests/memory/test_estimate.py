@@ -304,3 +304,11 @@ def test_nothing_is_logged_or_warned(config, caplog, recwarn):
     assert not caplog.records
     assert not list(recwarn)
     assert before == {name: logging.getLogger(name).level for name in before}
+
+
+def test_arguments_that_are_not_traced_are_named(config):
+    preset = _preset(config, activation_offloading=True, use_liger_kernel=True)
+    said = estimate_model_memory(config, 1, 64, preset=preset)["assumptions"]
+    assert any(text.startswith("activation_offloading:") for text in said)
+    assert any(text.startswith("use_liger_kernel:") for text in said)
+    assert not any(text.startswith("torch_compile") for text in said)

@@ -184,6 +184,7 @@ def _from_preset(
         assumptions.append("the model's own adapter, not the preset's")
     if packed_already and peft_config is None and not has_adapter:
         raise ConflictError("All weights of a quantised base cannot be trained. Pass a preset with adapters.")
+    _note_untraced(values, assumptions)
     kwargs = values.get("activation_checkpointing_kwargs") or values.get("gradient_checkpointing_kwargs") or {}
     on = bool(values.get("activation_checkpointing", values.get("gradient_checkpointing", False)))
     checkpointing: Checkpointing = "off"
@@ -271,6 +272,23 @@ def _with_options(scenario: Scenario, source: Any, options: Mapping[str, Any], a
         assumptions.append("every row is full: no padding, no attention mask (padded=True for rows that differ)")
     assumptions.append("the loss is taken on every token")
     return scenario
+
+
+_NOT_TRACED = {
+    "activation_offloading": "activations that it moves to the host are counted",
+    "use_liger_kernel": "its kernels are not traced: the model's own are",
+    "torch_compile": "what the compiler fuses is counted apart",
+    "label_smoothing_factor": "the second forward pass that TRL makes for it is not traced",
+    "neftune_noise_alpha": "its noise is not traced",
+    "sync_ref_model": "the copy of the reference that it keeps is not counted",
+    "deepspeed": "say sharding= and world_size= for what it divides",
+    "fsdp": "say sharding= and world_size= for what it divides",
+}
+
+
+def _note_untraced(values: Mapping[str, Any], assumptions: list[str]) -> None:
+    """Arguments that change what a run needs and that the trace does not know."""
+    assumptions += [f"{name}: {what}" for name, what in _NOT_TRACED.items() if values.get(name)]
 
 
 def _note_other_batch(preset: Preset, batch_size: int, sequence_length: int, assumptions: list[str]) -> None:
