@@ -1,8 +1,9 @@
 """Tensors with a storage of the right size and no memory, and operations on them that compute nothing but shapes.
 
 torch's FakeTensorMode does this too. It works out every operation anew in Python, which would be most of the time of a
-trace; and its tensors are known as fakes, so that libraries take their paths for compilers. A hollow tensor is an ordinary CPU tensor over address space that no page stands behind. Operations are
-looked up by what they are given; what is not known yet is run on the meta device once.
+trace; and its tensors are known as fakes, so that libraries take their paths for compilers. A hollow tensor is an
+ordinary CPU tensor over address space that no page stands behind. Operations are looked up by what they are given; what
+is not known yet is run on the meta device once.
 
 All hollow tensors share one mapping: it holds nothing that anyone reads.
 """
