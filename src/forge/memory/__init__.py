@@ -16,7 +16,6 @@ info/          print_model_info
 
 from __future__ import annotations
 
-from .calibration import Calibration
 from .cards import Card, find_card
 from .estimate import estimate_model_memory
 from .info import ModelInfo, print_model_info
@@ -25,7 +24,6 @@ from .result import Fit, MemoryEstimate
 from .savings import get_memory_savings_estimate
 
 __all__ = [
-    "Calibration",
     "Card",
     "Fit",
     "MemoryEstimate",

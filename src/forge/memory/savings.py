@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from ..models.anatomy import build_on_meta
 from ..models.layers import unwrap
 from .describe import Described, describe
-from .tracing import Traced, trace
-from .tracing.skeleton import with_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from .tracing import Traced
 
 GB = 2**30
 
@@ -52,6 +52,8 @@ def get_memory_savings_estimate(
     Raises:
         UnsupportedError: nothing of the model trains, or its step cannot be traced.
     """
+    from .tracing import trace
+
     run = describe(model, batch_size, sequence_length, None, {})
     counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
     without = _without_freezing(run)
@@ -94,6 +96,8 @@ def _without_freezing(run: Described) -> Described:
 
 def _trainable(run: Described) -> int:
     """How many parameters train."""
+    from .tracing.skeleton import with_adapter
+
     return sum(p.numel() for p in with_adapter(run.source, run.scenario).parameters() if p.requires_grad)
 
 
