@@ -44,24 +44,18 @@ def _train(callback, steps=3, run=_Run):
     callback.on_train_begin(run, run, None)
     for _ in range(steps):
         callback.on_step_end(run, run, None)
-    logs = {"loss": 1.0}
-    callback.on_log(run, run, None, logs=logs)
-    return logs
 
 
 def test_it_compares_once_after_the_second_step(estimate, gpu, capsys):
     gpu["allocated"] /= 1.02
     callback = estimate.calibration_callback()
-    assert _train(callback, steps=1) == {"loss": 1.0}
+    _train(callback, steps=1)
     assert callback.result is None
-    logs = _train(callback)
+    _train(callback)
     assert gpu["resets"] == 2
-    assert logs["memory/allocated_error"] == pytest.approx(0.02)
-    assert logs["memory/reserved_error"] == pytest.approx(0)
-    assert "+2.0%" in capsys.readouterr().out
-    again = {"loss": 0.9}
-    callback.on_log(_Run, _Run, None, logs=again)
-    assert again == {"loss": 0.9}
+    assert callback.result.allocated_error == pytest.approx(0.02)
+    assert callback.result.reserved_error == pytest.approx(0)
+    assert capsys.readouterr().out.count("+2.0%") == 1
 
 
 def test_an_estimate_outside_of_its_band_warns(estimate, gpu):

@@ -312,3 +312,54 @@ def test_arguments_that_are_not_traced_are_named(config):
     assert any(text.startswith("activation_offloading:") for text in said)
     assert any(text.startswith("use_liger_kernel:") for text in said)
     assert not any(text.startswith("torch_compile") for text in said)
+
+
+def test_the_preset_of_a_turing_gpu_is_traced_in_sixteen_bits(config):
+    turing = estimate_model_memory(config, 2, 1024, preset=get_preset("qlora", model=config, hardware="turing"))
+    ampere = estimate_model_memory(config, 2, 1024, preset=_preset(config, "qlora"))
+    assert turing["engine"] == "trace"
+    assert turing["parameters_gb"] == pytest.approx(ampere["parameters_gb"])
+    assert turing["allocated_peak_gb"] > ampere["allocated_peak_gb"]  # grouped queries without a flash kernel
+
+
+def test_moments_of_embeddings_are_never_in_eight_bits(config):
+    memory = estimate_model_memory(config, 1, 64, preset=_preset(config, "sft", optim="adamw_8bit"))
+    model = LlamaForCausalLM(config)
+    wide = model.model.embed_tokens.weight.numel()
+    rest = model.num_parameters() - wide
+    assert memory["optimizer_gb"] * GB == pytest.approx(8 * wide + rest * (2 + 8 / 256), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"peft_config": "lora"}, ForgeError, "it must be a PeftConfig"),
+        ({"peft_config": None}, ForgeError, "it must be a PeftConfig"),
+        ({"optim": "adafactor"}, UnknownNameError, "belongs to the preset"),
+        ({"padded": "yes"}, ForgeError, "True or False"),
+        ({"preset": {}}, UnknownNameError, "Unknown preset"),
+    ],
+)
+def test_more_bad_input(config, options, error, says):
+    with pytest.raises(error, match=says):
+        estimate_model_memory(config, **{"preset": "lora"} | options)
+
+
+def test_an_adapter_that_peft_refuses_is_no_estimate(config, lora):
+    with pytest.raises(ConflictError, match="PEFT cannot give this model the adapter"):
+        estimate_model_memory(config, preset="lora", peft_config=lora(target_modules=["nothing"]))
+
+
+def test_a_live_model_with_an_adapter_is_not_packed_any_more(lora):
+    from peft import get_peft_model
+
+    adapted = get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES | {"num_hidden_layers": 2})), lora(r=8))
+    memory = estimate_model_memory(adapted, preset=_preset(adapted.config, "qlora"))
+    assert memory["optimizer_gb"] > 0
+    assert any("not packed any more" in said for said in memory["assumptions"])
+
+
+def test_another_batch_brings_its_own_assumptions(config):
+    preset = _preset(config)
+    said = estimate_model_memory(config, 1, 128, preset=preset).at(batch_size=4, sequence_length=2048)["assumptions"]
+    assert not any("the preset itself" in text for text in said)

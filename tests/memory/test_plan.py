@@ -94,3 +94,14 @@ def test_bad_input(config, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ForgeError, match="no GPU to plan for"):
         plan_training(config)
+
+
+def test_the_plans_preset_is_the_plan(config):
+    """With a length of one's own, and for another trainer than the preset's."""
+    preset = get_preset("qlora", model=config, hardware="ampere")
+    plan = plan_training(config, gpu="24GB", preset=preset, sequence_length=512)
+    assert plan.preset.choices["max_length"].value == plan.sequence_length == 512
+    dpo = plan_training(config, gpu="24GB", preset=preset, trainer="dpo")
+    table = preset.tables["dpo"]
+    assert dpo.sequence_length == table["max_length"].value
+    assert dpo.batch_size == table["per_device_train_batch_size"].value

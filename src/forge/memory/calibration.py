@@ -65,12 +65,7 @@ class CalibrationCallback(TrainerCallback):  # type: ignore[misc]  # transformer
         >>> callback.result is None  # until two steps have been trained on a GPU
         True
 
-    Logged keys, in the first log after that:
-
-    | key | what |
-    |---|---|
-    | `memory/allocated_error` | (estimated - measured) / measured, of the allocated peak |
-    | `memory/reserved_error` | the same of the reserved peak |
+    Logged keys: none; `result` has the numbers, and the terminal a line.
 
     Args:
         estimate: of this run.
@@ -83,7 +78,6 @@ class CalibrationCallback(TrainerCallback):  # type: ignore[misc]  # transformer
         self.estimate = estimate
         self.result: Calibration | None = None
         self._steps = 0
-        self._logged = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -91,7 +85,7 @@ class CalibrationCallback(TrainerCallback):  # type: ignore[misc]  # transformer
         """Begin a new peak; say what will be wrong with the comparison."""
         import torch
 
-        self._steps, self.result, self._logged = 0, None, False
+        self._steps, self.result = 0, None
         if not torch.cuda.is_available():
             warnings.warn(
                 "calibration_callback: this run has no CUDA device, so there is no peak to compare the estimate with.",
@@ -134,17 +128,3 @@ class CalibrationCallback(TrainerCallback):  # type: ignore[misc]  # transformer
             from rich.console import Console
 
             Console(highlight=False).print(str(self.result))
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Add the two errors to the first log after the comparison."""
-        if self.result is not None and not self._logged and logs is not None:
-            self._logged = True
-            logs["memory/allocated_error"] = self.result.allocated_error
-            logs["memory/reserved_error"] = self.result.reserved_error

@@ -13,6 +13,7 @@ from ..models import decoder_layers
 from ..models.anatomy import build_on_meta, load_config
 from ..models.layers import unwrap
 from ..presets import Preset, get_preset, list_presets
+from ..presets.names import fields_by_object
 from .scenario import Attention, Checkpointing, Reference, Scenario, Sharding, TrainerKind
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Described:
         hardware: the profile that it runs on.
         preset: the recipe; None for a live model as it stands.
         assumptions: what was not said and had to be supposed.
+        asked: model, preset and options as they were given.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Described:
     hardware: Hardware
     preset: Preset | None
     assumptions: tuple[str, ...]
+    asked: tuple[Any, Preset | str | None, Mapping[str, Any]]
 
     def at(self, batch_size: int, sequence_length: int) -> Described:
         """The same run with another batch.
@@ -69,8 +72,8 @@ class Described:
         Raises:
             ForgeError: a number that no batch has.
         """
-        _check_numbers(batch_size, sequence_length)
-        return replace(self, scenario=replace(self.scenario, batch_size=batch_size, sequence_length=sequence_length))
+        model, preset, options = self.asked
+        return describe(model, batch_size, sequence_length, preset, options)
 
 
 def describe(
@@ -81,7 +84,7 @@ def describe(
     Raises:
         ForgeError: see `estimate_model_memory`.
     """
-    _check_numbers(batch_size, sequence_length)
+    check_numbers(batch_size, sequence_length)
     _check_options(options)
     source, is_live = _structure(model)
     recipe, assumptions = _recipe(model, source, preset, is_live=is_live)
@@ -89,8 +92,8 @@ def describe(
         hardware = _hardware()
         scenario = _as_it_stands(source, hardware)
         assumptions.append(
-            "the model as it stands: its dtypes, its adapters, its checkpointing; SFTTrainer with bf16 autocast and "
-            "fused AdamW. Pass preset= for other arguments"
+            "the model as it stands: its dtypes, its adapters, its checkpointing (SFTTrainer's default "
+            "would switch that on); SFTTrainer with bf16 autocast and fused AdamW. Pass preset= for other arguments"
         )
     else:
         hardware = recipe.hardware
@@ -99,10 +102,16 @@ def describe(
     scenario = replace(scenario, batch_size=batch_size, sequence_length=sequence_length)
     scenario = _with_options(scenario, source, options, assumptions)
     _check_positions(source, sequence_length, assumptions)
-    return Described(_name(model, source), source, scenario, hardware, recipe, tuple(assumptions))
+    asked = (model, preset, options)
+    return Described(_name(model, source), source, scenario, hardware, recipe, tuple(assumptions), asked)
 
 
-def _check_numbers(batch_size: int, sequence_length: int) -> None:
+def check_numbers(batch_size: int, sequence_length: int) -> None:
+    """Refuse what no batch has.
+
+    Raises:
+        ForgeError: not whole numbers, or too small.
+    """
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ForgeError(f"{name}={value!r}: it must be a whole number of at least 1.")
@@ -113,10 +122,21 @@ def _check_numbers(batch_size: int, sequence_length: int) -> None:
 def _check_options(options: Mapping[str, Any]) -> None:
     known = RunOptions.__annotations__
     for name, value in options.items():
+        if name not in known and name in fields_by_object()["SFTConfig"] | fields_by_object()["DPOConfig"]:
+            raise UnknownNameError(f"{name!r} belongs to the preset: preset=get_preset(..., {name}={value!r}).")
         if name not in known:
             raise UnknownNameError.among("option", name, known)
+        if name in ("padded", "packed") and not isinstance(value, bool):
+            raise ForgeError(f"{name}={value!r}: it must be True or False.")
         if name in _CHOICES and value not in _CHOICES[name]:
             raise UnknownNameError.among(name, str(value), _CHOICES[name])
+    if "peft_config" in options:
+        from peft import PeftConfig
+
+        if not isinstance(options["peft_config"], PeftConfig):
+            raise ForgeError(
+                f"peft_config={options['peft_config']!r}: it must be a PeftConfig, such as LoraConfig(...)."
+            )
     if "freeze_ratio" in options and "frozen_layers" in options:
         raise ConflictError("freeze_ratio and frozen_layers say the same thing twice: leave one of them out.")
     ratio = options.get("freeze_ratio", 0.0)
@@ -157,7 +177,7 @@ def _recipe(model: Any, source: Any, preset: Preset | str | None, *, is_live: bo
         return preset, []
     if preset is None and is_live:
         return None, []
-    if preset is not None and preset not in list_presets():
+    if preset is not None and (not isinstance(preset, str) or preset not in list_presets()):
         raise UnknownNameError.among("preset", str(preset), list_presets())
     hardware = _hardware()
     known = source if is_live else getattr(source, "config", model)
@@ -182,7 +202,7 @@ def _from_preset(
             raise ConflictError("peft_config was given, and the model has an adapter already. Pass its base model.")
         peft_config = None
         assumptions.append("the model's own adapter, not the preset's")
-    if packed_already and peft_config is None and not has_adapter:
+    if (packed_already or preset.get_bnb_config() is not None) and peft_config is None and not has_adapter:
         raise ConflictError("All weights of a quantised base cannot be trained. Pass a preset with adapters.")
     _note_untraced(values, assumptions)
     kwargs = values.get("activation_checkpointing_kwargs") or values.get("gradient_checkpointing_kwargs") or {}
@@ -190,6 +210,12 @@ def _from_preset(
     checkpointing: Checkpointing = "off"
     if on:
         checkpointing = "reentrant" if kwargs.get("use_reentrant", False) else "non_reentrant"
+    quantization = None if packed_already else preset.get_bnb_config()
+    if quantization is not None and has_adapter:
+        quantization = None
+        assumptions.append("the live model's weights as they are: a model that has its adapter is not packed any more")
+    elif quantization is not None and is_live:
+        assumptions.append("weights packed as by from_pretrained(**preset.model_kwargs()); this live model's are not")
     precomputed = bool(values.get("precompute_ref_log_probs"))
     reference: Reference = "none"
     if trainer == "dpo":
@@ -200,9 +226,10 @@ def _from_preset(
         trainer=trainer,
         dtype=dtype,
         autocast="bf16" if values.get("bf16") else "fp16" if values.get("fp16") else None,
-        quantization=None if packed_already else preset.get_bnb_config(),
+        quantization=quantization,
         peft_config=peft_config,
         fp32_trainable=bool(preset.get_callbacks()),
+        flash_kernel=preset.hardware.name != "turing",
         attention=_attention(values["attn_implementation"], assumptions),
         checkpointing=checkpointing,
         optim=str(values.get("optim", "adamw_torch_fused")),
@@ -237,6 +264,7 @@ def _as_it_stands(source: Any, hardware: Hardware) -> Scenario:
         dtype=None,
         autocast="fp16" if hardware.compute_dtype == "float16" else "bf16",
         fp32_trainable=False,
+        flash_kernel=hardware.name != "turing",
         attention=_attention(getattr(base.config, "_attn_implementation", None) or "sdpa", []),
         checkpointing=kind,
     )

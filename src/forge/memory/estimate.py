@@ -9,7 +9,6 @@ from . import overheads
 from .describe import Described, describe
 from .part import PARTS
 from .result import Bytes, MemoryEstimate
-from .sharding import sharded
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -79,12 +78,18 @@ def estimate_described(run: Described) -> MemoryEstimate:
         engine, band = "trace", overheads.TRACE_BAND
     except UntraceableError as why:
         from .analytic import formulas
+        from .sharding import sharded
 
-        found = formulas(run)
+        parts, reserved, paged, phase = formulas(run)
+        found = (*sharded(parts, reserved, run), paged, phase)
         engine, band = "analytic", overheads.ANALYTIC_BAND
         assumptions.append(f"by formulas, since the step could not be traced: {why}")
     parts, reserved, paged, phase = found
-    parts, reserved = sharded(parts, reserved, run, assumptions)
+    if scenario.sharding != "none":
+        shared = f"{scenario.sharding} over {scenario.world_size} processes, as a division"
+        assumptions.append(shared + "; buffers for communication are not traced")
+    elif scenario.world_size > 1:
+        assumptions.append(f'{scenario.world_size} processes, each as if alone: sharding="ddp" counts its buckets')
     cuda = scenario.device == "cuda"
     if cuda:
         workspace = overheads.CUBLAS_HANDLES * overheads.CUBLAS_WORKSPACE[run.hardware.name]
@@ -117,6 +122,7 @@ def estimate_described(run: Described) -> MemoryEstimate:
 
 def _from_trace(traced: Traced, run: Described, assumptions: list[str]) -> tuple[dict[str, int], int, int, str]:
     parts: dict[str, int] = {name: traced.peak.parts[name] for name in PARTS}
+    parts["workspace"] += traced.unsplit
     if traced.paged:
         assumptions.append(
             f"{traced.paged / 2**30:.2f} GiB of paged optimizer state lie in managed memory, which the driver moves to "

@@ -13,6 +13,7 @@ from ..models.anatomy import load_config
 from ..presets import Preset, get_preset, list_presets
 from ..reporting import Table
 from .cards import Card, find_card
+from .describe import check_numbers
 from .estimate import estimate_model_memory
 from .levers import Pull, Settings, pulls
 from .result import MemoryEstimate
@@ -91,6 +92,7 @@ class TrainingPlan:
         title = f"{asked}: {before['total_estimated_gb']:.1f} of {usable:.1f} GiB"
         if not self.applied and self.fits:
             table = Table(("plan", "GiB"), title=f"{title}. It fits.")
+            table.footer = _by_formulas(before)
             table.add("as it is", f"{before['low_gb']:.1f} to {before['high_gb']:.1f}")
             return table
         table = Table(("alone", "saves, GiB", "change", "cost"), title=f"{title}.")
@@ -99,6 +101,7 @@ class TrainingPlan:
         after = f"{self.estimate['total_estimated_gb']:.1f} GiB, at most {self.estimate['high_gb']:.1f}"
         if self.fits:
             table.footer = f"plan: {'; '.join(self.applied)}. Then it needs {after}: it fits."
+            table.footer += _by_formulas(self.estimate)
         else:
             table.footer = f"With everything pulled ({'; '.join(self.applied)}) it needs {after}: it does not fit."
         return table
@@ -143,9 +146,11 @@ def plan_training(
     if isinstance(model, (str, PathLike)):
         model = load_config(str(model))
     recipe = _recipe(model, preset, card)
-    length = sequence_length or recipe.choices["max_length"].value
-    micro = batch_size or recipe.choices["per_device_train_batch_size"].value
-    now = Settings(_with_batch(recipe, micro), micro, length, dict(options))
+    table = recipe.tables["dpo" if options.get("trainer", recipe.objective) == "dpo" else "sft"]
+    length = table["max_length"].value if sequence_length is None else sequence_length
+    micro = table["per_device_train_batch_size"].value if batch_size is None else batch_size
+    check_numbers(micro, length)
+    now = Settings(_with_batch(recipe, micro, length), micro, length, dict(options))
     before = _estimate(model, now)
     before.card(card.usable_bytes)  # refuses a preset for a CPU
     if before.bytes.high <= card.usable_bytes:
@@ -170,9 +175,13 @@ def plan_training(
 def _recipe(model: Any, preset: Preset | str, card: Card) -> Preset:
     if isinstance(preset, Preset):
         return preset
-    if preset not in list_presets():
+    if not isinstance(preset, str) or preset not in list_presets():
         raise UnknownNameError.among("preset", str(preset), list_presets())
     return get_preset(preset, model=model, hardware=Hardware.named(card.profile or "ampere"))
+
+
+def _by_formulas(estimate: MemoryEstimate) -> str:
+    return " (By formulas: the step could not be traced.)" if estimate.engine == "analytic" else ""
 
 
 def _this_gpu() -> str | int:
@@ -183,8 +192,10 @@ def _this_gpu() -> str | int:
     return int(torch.cuda.get_device_properties(0).total_memory)
 
 
-def _with_batch(preset: Preset, micro: int) -> Preset:
-    """The preset with another micro-batch, and with the effective batch as it was where that goes."""
+def _with_batch(preset: Preset, micro: int, length: int) -> Preset:
+    """The preset with another micro-batch and length, and with the effective batch as it was where that goes."""
+    if preset.choices["max_length"].value != length:
+        preset = preset.replace(max_length=length)
     if preset.choices["per_device_train_batch_size"].value == micro:
         return preset
     effective, world_size = preset.choices["effective_batch_size"].value, preset.choices["world_size"].value

@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UnsupportedError
 from ..models.anatomy import build_on_meta
 from ..models.layers import unwrap
 from .describe import Described, describe
@@ -50,10 +51,15 @@ def get_memory_savings_estimate(
         `trainable_parameters` and `frozen_percentage` (of both together).
 
     Raises:
-        UnsupportedError: nothing of the model trains, or its step cannot be traced.
+        UnsupportedError: no live model, nothing of it trains, or its step cannot be traced.
     """
     from .tracing import trace
 
+    if not hasattr(model, "parameters"):
+        raise UnsupportedError(
+            "get_memory_savings_estimate compares the frozen layers of a live model; it was given a "
+            f"{type(model).__name__}. Load the model, or estimate_model_memory(config, freeze_ratio=...)."
+        )
     run = describe(model, batch_size, sequence_length, None, {})
     counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
     without = _without_freezing(run)
@@ -89,7 +95,7 @@ def _without_freezing(run: Described) -> Described:
         run.scenario,
         dtype=str(max(set(dtypes), key=dtypes.count)).removeprefix("torch."),
         quantization=getattr(base.config, "quantization_config", None),
-        peft_config=copy.deepcopy(next(iter(adapters.values()))) if adapters else None,
+        peft_config=copy.deepcopy(adapters[run.source.active_adapter]) if adapters else None,
     )
     return replace(run, source=build_on_meta(base.config), scenario=scenario)
 

@@ -28,6 +28,7 @@ class Scenario:
         peft_config: the adapter for a base that has none yet, or None.
         fp32_trainable: whether trainable parameters are cast to fp32, as presets do.
         attention: the kernel.
+        flash_kernel: whether torch has a flash kernel for the GPU: from compute capability 8.0 on.
         checkpointing: of activations.
         optim: transformers' name of the optimizer.
         max_grad_norm: gradients are clipped to it where it is above 0.
@@ -52,6 +53,7 @@ class Scenario:
     peft_config: Any = None
     fp32_trainable: bool = True
     attention: Attention = "sdpa"
+    flash_kernel: bool = True
     checkpointing: Checkpointing = "off"
     optim: str = "adamw_torch_fused"
     max_grad_norm: float = 1.0

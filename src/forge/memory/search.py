@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from ..errors import ForgeError
+
 if TYPE_CHECKING:
     from .result import MemoryEstimate
 
@@ -21,6 +23,8 @@ def largest(
         what: which number to raise.
         limit: the most that is tried.
     """
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise ForgeError(f"limit={limit!r}: it must be a whole number of at least 1.")
     usable = estimate.card(gpu).usable_bytes
     unit = _STEP if what == "sequence_length" else 1
     needs: dict[int, int] = {getattr(estimate, what): estimate.bytes.high}

@@ -35,13 +35,21 @@ _TO_FP32_UNLESS_SAID: frozenset[Any] = frozenset(
 
 
 class CudaWays(TorchFunctionMode):
-    """Replaces functions that a GPU would run otherwise, as they are called."""
+    """Replaces functions that a GPU would run otherwise, as they are called.
+
+    Args:
+        flash: whether torch has a flash kernel for the GPU.
+    """
+
+    def __init__(self, *, flash: bool = True) -> None:
+        super().__init__()
+        self._flash = flash
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function, or what CUDA runs in its place."""
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return attention(*args, **kwargs)
+            return attention(*args, **kwargs, flash=self._flash)
         if func is F.dropout:
             return _dropout(*args, **kwargs)
         if torch.is_autocast_enabled("cpu") and (
@@ -72,6 +80,8 @@ def attention(  # noqa: PLR0917  (torch's signature)
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    flash: bool = True,
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` as torch dispatches it on CUDA: flash, memory-efficient, or plain mathematics.
 
@@ -85,7 +95,7 @@ def attention(  # noqa: PLR0917  (torch's signature)
     half = query.dtype in (torch.float16, torch.bfloat16)
     grouped = key.shape[1] != query.shape[1]
     same_width = query.shape[-1] == value.shape[-1]
-    if attn_mask is None and half and same_width and query.shape[-1] <= 256:
+    if flash and attn_mask is None and half and same_width and query.shape[-1] <= 256:
         return fused.apply(query, key, value, None)  # type: ignore[no-any-return]
     if not grouped:
         bias = None
@@ -151,7 +161,7 @@ class _NoOp:
 
 
 @contextmanager
-def recomputed_alike() -> Iterator[None]:
+def recomputed_alike(*, flash: bool = True) -> Iterator[None]:
     """What checkpointing recomputes runs in CUDA's ways too: autograd's engine enters backward without function modes.
 
     transformers binds its checkpoint function whenever checkpointing is switched on: in each step of a DPOTrainer.
@@ -165,7 +175,7 @@ def recomputed_alike() -> Iterator[None]:
             return checkpoint(function, *args, **kwargs)
 
         def run(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            with CudaWays() if in_backward() else nullcontext():
+            with CudaWays(flash=flash) if in_backward() else nullcontext():
                 return function(*inner_args, **inner_kwargs)
 
         return checkpoint(run, *args, **kwargs)

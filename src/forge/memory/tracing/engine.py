@@ -20,6 +20,7 @@ from ..scenario import Scenario
 from . import step
 from .hollow import Shapes, hollow
 from .optimizers import check_optimizer
+from .sharding import shared_out
 from .skeleton import build
 from .tape import ALLOCATOR_BLOCK, Peak, Recording
 from .unroll import IrregularError, kind_of, relabelled, runs_of, shortened, units_of, unroll
@@ -38,6 +39,7 @@ class Traced:
     Args:
         peak: the instant when most is alive.
         reserved: bytes that the caching allocator holds at most; on a CPU those that are alive.
+        unsplit: bytes of blocks that are larger than what was asked for, which the allocator counts as allocated.
         paged: bytes of optimizer state in managed memory, outside of the allocator.
         layers: how many decoder layers were traced.
         depth: how many there are.
@@ -46,6 +48,7 @@ class Traced:
 
     peak: Peak
     reserved: int
+    unsplit: int
     paged: int
     layers: int
     depth: int
@@ -107,12 +110,16 @@ def _trace(source: nn.Module, scenario: Scenario, *, all_layers: bool) -> Traced
         except IrregularError:
             units, few = [[index] for index in everything], list(everything)
             recording = _run(source, scenario, few)
+    recording = shared_out(recording, scenario)
     cuda = scenario.device == "cuda"
     peak = recording.peak(ALLOCATOR_BLOCK if cuda else 1)
     if peak.layer is not None:
         peak = replace(peak, layer=units[peak.layer][-1])
-    reserved = replay(recording.blocks()).reserved_peak if cuda else peak.total
-    return Traced(peak, reserved, recording.paged, len(few), len(everything), recording)
+    if not cuda:
+        return Traced(peak, peak.total, 0, recording.paged, len(few), len(everything), recording)
+    replayed = replay(recording.blocks())
+    unsplit = max(0, replayed.allocated_peak - peak.total)
+    return Traced(peak, replayed.reserved_peak, unsplit, recording.paged, len(few), len(everything), recording)
 
 
 @contextmanager

@@ -50,14 +50,24 @@ class Optimizer:
         parameters: what trains.
         tape: where its state is recorded.
         device: "cuda" or "cpu"; bitsandbytes pages nothing on a CPU.
+        embeddings: weights whose moments the Trainer keeps in 32 bits, whatever the optimizer's width.
 
     Raises:
         UnknownNameError: there is no such optimizer.
         UnsupportedError: transformers has it, and forge does not know what it keeps.
     """
 
-    def __init__(self, name: str, parameters: Sequence[nn.Parameter], tape: Tape, *, device: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        parameters: Sequence[nn.Parameter],
+        tape: Tape,
+        *,
+        device: str,
+        embeddings: Sequence[torch.Tensor] = (),
+    ) -> None:
         check_optimizer(name)
+        self._wide = {id(weight) for weight in embeddings}  # transformers, Trainer.create_optimizer
         self._parameters, self._tape = parameters, tape
         self._made = False
         self._inner: Any = None
@@ -88,7 +98,7 @@ class Optimizer:
 
     def _make_state(self, parameter: torch.Tensor) -> None:
         count = parameter.numel()
-        eight_bit = self._bits == 8 and count >= _SMALL
+        eight_bit = self._bits == 8 and count >= _SMALL and id(parameter) not in self._wide
         dtype = torch.uint8 if eight_bit else torch.float32
         if self._paged and count >= _PAGED:
             for _ in range(self._moments):

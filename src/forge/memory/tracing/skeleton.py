@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ... import compat
+from ...errors import ConflictError
 from ...models.layers import decoder_layers_path, unwrap
 from ..scenario import Scenario
 from .quantized import Empty, empty_packed, is_packed, packed_constants, without_weights
@@ -164,15 +165,30 @@ def _as_loaded(model: Any, scenario: Scenario) -> None:
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
+    if scenario.device == "cuda":
+        _sixteen_bits_alike(model)
     if scenario.quantization is not None:
         unpacked = model.dtype  # what bitsandbytes unpacks to, whatever it computes in
         compat.replace_with_bitsandbytes(model, scenario.quantization)
         for module in model.modules():
             if is_packed(module):
                 module.unpacked_dtype = unpacked
+        if scenario.device == "cuda":
+            _sixteen_bits_alike(model)
         model.is_loaded_in_4bit = bool(scenario.quantization.load_in_4bit)
         model.is_loaded_in_8bit = bool(scenario.quantization.load_in_8bit)
         model.requires_grad_(False)
+
+
+def _sixteen_bits_alike(model: nn.Module) -> None:
+    """bf16 in the place of fp16, which is as wide: the CPU's autocast knows no other, and mixes them to fp32."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype == torch.float16:
+            tensor.data = tensor.data.to(torch.bfloat16)
+    for module in model.modules():
+        for name in ("compute_dtype", "unpacked_dtype"):
+            if getattr(module, name, None) == torch.float16:
+                setattr(module, name, torch.bfloat16)
 
 
 def with_adapter(source: Any, scenario: Scenario) -> Any:
@@ -192,7 +208,12 @@ def _with_adapter(model: Any, peft_config: Any) -> Any:
         config.init_lora_weights = True  # PiSSA and its kin compute with the weights, which are not there
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_peft_model(model, config, low_cpu_mem_usage=True)
+        try:
+            with torch.device("meta"):
+                return get_peft_model(model, config)
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConflictError(f"PEFT cannot give this model the adapter {type(config).__name__}: {reason}") from error
 
 
 def _freeze(model: Any, scenario: Scenario) -> None:

@@ -48,15 +48,16 @@ def run(skeleton: Skeleton, scenario: Scenario, empty: Empty, shapes: Any = None
         warnings.simplefilter("ignore")
         if scenario.device == "cuda":
             stack.enter_context(triton_tiles())
-            stack.enter_context(recomputed_alike())
+            stack.enter_context(recomputed_alike(flash=scenario.flash_kernel))
         trainer = _Trainer(skeleton, scenario)
         _mark_phases(skeleton, tape, trainer)
         for parameter in trainable:
             parameter.register_post_accumulate_grad_hook(lambda p: tape.recategorise(p.grad, "gradients"))
-        optimizer = Optimizer(scenario.optim, trainable, tape, device=scenario.device)
+        embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+        optimizer = Optimizer(scenario.optim, trainable, tape, device=scenario.device, embeddings=embeddings)
         stack.enter_context(tape)
         if scenario.device == "cuda":
-            stack.enter_context(CudaWays())
+            stack.enter_context(CudaWays(flash=scenario.flash_kernel))
         for step in range(1, STEPS + 1):
             for _ in range(min(2, scenario.accumulation)):
                 batch = _batch(scenario, empty)
