@@ -209,6 +209,9 @@ def _with_adapter(model: Any, peft_config: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
+            if config.is_prompt_learning:  # its embeddings are moved to the model's device, which meta refuses
+                return get_peft_model(model, config, low_cpu_mem_usage=True)
+            # Not low_cpu_mem_usage, which puts the parameters of every thread on meta while it lasts.
             with torch.device("meta"):
                 return get_peft_model(model, config)
         except ValueError as error:
