@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import transformers
 
 from forge import compat
 from support.families import tiny_model
@@ -96,3 +98,58 @@ def test_what_the_callbacks_look_for_in_the_trainer():
     assert list(inspect.signature(Accelerator.clip_grad_norm_).parameters)[1:3] == ["parameters", "max_norm"]
     assert {"eval", "train", "step_was_skipped"} <= set(vars(AcceleratedOptimizer))
     assert all(isinstance(kind, type) for kind in (ExportableState, PrinterCallback, ProgressCallback))
+
+
+def test_what_bitsandbytes_would_pack_is_replaced_in_place():
+    """The names that memory estimates lean on: replace_with_bnb_linear, HfQuantizer.get_modules_to_not_convert."""
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.LlamaConfig(
+                hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=16
+            )
+        )
+    compat.replace_with_bitsandbytes(model, config)
+    packed = [name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
+    assert len(packed) == 7
+    assert "lm_head" not in packed
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_is_switched_on_with_its_kind(use_reentrant):
+    model = tiny_model("llama")
+    compat.enable_checkpointing(model, use_reentrant=use_reentrant)
+    assert model.is_gradient_checkpointing
+    from transformers import modeling_utils
+
+    assert callable(modeling_utils.checkpoint)  # what a trace stands in for
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo", "reference"])
+def test_the_head_that_trl_computes_its_loss_with(trainer):
+    model = tiny_model("llama")
+    compat.add_fused_head(model, trainer)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    assert model(input_ids=ids).logits.shape[:2] == (1, 4)  # without being asked it is the model's own forward
+    try:
+        from trl.trainer.utils import add_fused_lm_head  # noqa: F401
+    except ImportError:
+        return
+    assert model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs.shape == (1, 3)
+
+
+def test_dropout_is_disabled_as_dpo_does():
+    model = tiny_model("gpt2")
+    assert any(m.p > 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
+    compat.disable_dropout(model)
+    assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
+
+
+def test_adapters_of_a_layer_are_taken_away():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"]))
+    layer = model.get_base_model().model.layers[0]
+    compat.remove_adapters(layer)
+    assert not [name for name, _ in layer.named_parameters() if "lora" in name]
+    assert type(layer.self_attn.q_proj) is torch.nn.Linear

@@ -120,7 +120,7 @@ def _freezing(now: Settings) -> Pull | None:
         return None
     changed = replace(now, options={**now.options, "freeze_ratio": 0.5})
     change = "setup_lp_lora_style(model, freeze_ratio=0.5)"
-    return Pull("LP-LoRA", change, "the lower half of the layers is not adapted", False, changed)
+    return Pull("LP-LoRA", change, "the lower half of the layers is not trained", False, changed)
 
 
 def _shorter(now: Settings) -> Pull | None:

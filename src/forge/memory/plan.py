@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .describe import RunOptions
 
 GB = 2**30
+_CLASSES_GB = (8, 12, 16, 24, 32, 48, 80, 141)
 _MOST_PULLS = 12  # levers pulled in a row before the plan gives up
 
 
@@ -79,6 +80,12 @@ class TrainingPlan:
         """Whether the plan surely fits."""
         return self.estimate.bytes.high <= self.gpu.usable_bytes
 
+    def _class_that_holds(self) -> str:
+        for gb in _CLASSES_GB:
+            if self.estimate.bytes.high <= find_card(f"{gb}GB").usable_bytes:
+                return f"{gb} GB"
+        return "none; share it over several GPUs (sharding=)"
+
     def print(self) -> None:
         """Print it."""
         self._table().print()
@@ -104,6 +111,7 @@ class TrainingPlan:
             table.footer += _by_formulas(self.estimate)
         else:
             table.footer = f"With everything pulled ({'; '.join(self.applied)}) it needs {after}: it does not fit."
+            table.footer += f" The smallest class of card that holds that: {self._class_that_holds()}."
         return table
 
 
