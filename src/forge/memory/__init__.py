@@ -1,7 +1,7 @@
 """What a run will need, before it is launched.
 
 estimate.py    estimate_model_memory: the whole of it
-describe.py    model, preset, options -> what will run (scenario.py)
+describe.py    model, preset, options -> what will run (scenario.py; options.py: what is refused)
 tracing/       the engine: the trainer's own step on tensors without memory
 analytic.py    the formulas behind it, for what cannot be traced
 allocator.py   a model of PyTorch's caching allocator: what is reserved for what is allocated

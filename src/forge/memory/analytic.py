@@ -9,7 +9,9 @@ Counted from the shapes of the linear layers rather than from a model's name:
   arXiv:2205.05198, section 4, without its dropout masks). With checkpointing the layers' inputs, and one layer whole.
 - under autocast, fp32 weights that train: a 16-bit copy of each until forward ends (torch's autocast cache).
 - loss: plain trainers hold the logits three times (16 bit, fp32, gradient); TRL's fused head a tile of 4,096 tokens.
-- reserved: 6% on top, what the replayed traces of benchmarks/memory_engine.py have between 1% and 7%.
+- reserved: 6% on top.
+
+How far all that is from the trace: benchmarks/memory_formulas.py.
 """
 
 from __future__ import annotations

@@ -5,43 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConflictError, ForgeError, UnknownNameError, UnsupportedError
 from ..hardware import Hardware
 from ..models import decoder_layers
 from ..models.anatomy import build_on_meta, load_config
-from ..models.layers import unwrap
+from ..models.layers import text_attribute, unwrap
 from ..presets import Preset, get_preset, list_presets
-from ..presets.names import fields_by_object
-from .scenario import Attention, Checkpointing, Reference, Scenario, Sharding, TrainerKind
+from .options import check_numbers, check_options
+from .scenario import Attention, Checkpointing, Reference, Scenario, TrainerKind
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
     from torch import nn
 
 _EVERYWHERE = "ampere"  # what an estimate is for on a machine without a GPU: bf16, sdpa
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "trainer": ("sft", "dpo", "plain"),
-    "ema": ("none", "device", "cpu"),
-    "reference": ("adapter_off", "copy", "precomputed"),
-    "sharding": ("none", "ddp", "zero1", "zero2", "zero3", "fsdp"),
-}
-
-
-class RunOptions(TypedDict, total=False):
-    """What an estimate depends on and no preset says; see `estimate_model_memory`."""
-
-    trainer: TrainerKind
-    peft_config: PeftConfig
-    padded: bool
-    packed: bool
-    ema: Literal["none", "device", "cpu"]
-    reference: Reference
-    freeze_ratio: float
-    frozen_layers: int
-    sharding: Sharding
-    world_size: int
 
 
 @dataclass(frozen=True)
@@ -85,7 +63,7 @@ def describe(
         ForgeError: see `estimate_model_memory`.
     """
     check_numbers(batch_size, sequence_length)
-    _check_options(options)
+    check_options(options)
     source, is_live = _structure(model)
     recipe, assumptions = _recipe(model, source, preset, is_live=is_live)
     if recipe is None:
@@ -104,49 +82,6 @@ def describe(
     _check_positions(source, sequence_length, assumptions)
     asked = (model, preset, options)
     return Described(_name(model, source), source, scenario, hardware, recipe, tuple(assumptions), asked)
-
-
-def check_numbers(batch_size: int, sequence_length: int) -> None:
-    """Refuse what no batch has.
-
-    Raises:
-        ForgeError: not whole numbers, or too small.
-    """
-    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ForgeError(f"{name}={value!r}: it must be a whole number of at least 1.")
-    if sequence_length < 2:
-        raise ForgeError("sequence_length=1: there is no next token to predict. Give it at least 2.")
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    known = RunOptions.__annotations__
-    for name, value in options.items():
-        if name not in known and name in fields_by_object()["SFTConfig"] | fields_by_object()["DPOConfig"]:
-            raise UnknownNameError(f"{name!r} belongs to the preset: preset=get_preset(..., {name}={value!r}).")
-        if name not in known:
-            raise UnknownNameError.among("option", name, known)
-        if name in ("padded", "packed") and not isinstance(value, bool):
-            raise ForgeError(f"{name}={value!r}: it must be True or False.")
-        if name in _CHOICES and value not in _CHOICES[name]:
-            raise UnknownNameError.among(name, str(value), _CHOICES[name])
-    if "peft_config" in options:
-        from peft import PeftConfig
-
-        if not isinstance(options["peft_config"], PeftConfig):
-            raise ForgeError(
-                f"peft_config={options['peft_config']!r}: it must be a PeftConfig, such as LoraConfig(...)."
-            )
-    if "freeze_ratio" in options and "frozen_layers" in options:
-        raise ConflictError("freeze_ratio and frozen_layers say the same thing twice: leave one of them out.")
-    ratio = options.get("freeze_ratio", 0.0)
-    if not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-        raise ForgeError(f"freeze_ratio={ratio!r}: it must be at least 0 and less than 1.")
-    count = options.get("world_size", 1)
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ForgeError(f"world_size={count!r}: it must be a whole number of at least 1.")
-    if options.get("sharding", "none") != "none" and "world_size" not in options:
-        raise ConflictError(f"sharding={options['sharding']!r} needs world_size, the number of processes that share.")
 
 
 def _structure(model: Any) -> tuple[Any, bool]:
@@ -332,8 +267,7 @@ def _note_other_batch(preset: Preset, batch_size: int, sequence_length: int, ass
 
 def _check_positions(source: Any, sequence_length: int, assumptions: list[str]) -> None:
     base: Any = unwrap(source)
-    config = base.config.get_text_config(decoder=True) if hasattr(base.config, "get_text_config") else base.config
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = text_attribute(base.config, "max_position_embeddings")
     if isinstance(limit, int) and sequence_length > limit:
         assumptions.append(f"{sequence_length} tokens are more than the model was made for ({limit})")
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ..presets import Preset
-    from .describe import RunOptions
+    from .options import RunOptions
     from .tracing import Traced
 
 

@@ -1,7 +1,7 @@
 """What a process takes on a GPU beside its tensors, and how sure forge is of a total.
 
 None of these constants has been measured by forge yet: the GPU matrix (benchmarks/gpu) records what they should be
-fitted to. Until it has run, they are others' reports, and the band around a total is wide enough to hold them.
+fitted to. Until it has run, they are others' reports, and how wide the band around a total has to be is a guess.
 """
 
 from __future__ import annotations
@@ -27,5 +27,6 @@ CUBLAS_HANDLES = 2  # the thread that runs forward, and autograd's for backward
 TRACE_BAND = (-0.03, 0.05)
 """Share of the reserved peak by which a traced estimate may be off: the caching allocator's fragmentation, kernels'
 own workspaces, evaluation order. A guess until the GPU matrix has run."""
-ANALYTIC_BAND = (-0.25, 0.5)
-"""The same for the formulas: benchmarks/memory_engine.py shows how far they are from the trace."""
+ANALYTIC_BAND = (-0.25, 0.8)
+"""The same for the formulas. Of the 40 runs of benchmarks/memory_formulas.py they were from 44% below the trace (GPT-2, with
+its dropout) to 25% above it; this band holds all of them."""

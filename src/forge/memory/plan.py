@@ -13,9 +13,9 @@ from ..models.anatomy import load_config
 from ..presets import Preset, get_preset, list_presets
 from ..reporting import Table
 from .cards import Card, find_card
-from .describe import check_numbers
 from .estimate import estimate_model_memory
 from .levers import Pull, Settings, pulls
+from .options import check_numbers
 from .result import MemoryEstimate
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
     from typing_extensions import Unpack
 
-    from .describe import RunOptions
+    from .options import RunOptions
 
 GB = 2**30
 _CLASSES_GB = (8, 12, 16, 24, 32, 48, 80, 141)

@@ -1,7 +1,7 @@
 """The model of a scenario, of a few of its layers or of all, with shapes in the place of weights.
 
 What from_pretrained, bitsandbytes, PEFT and the trainer do to a model is done here by their own code, on the meta
-device. Only then do parameters become tensors that a step can run on: fake ones, or real ones in a test.
+device. Only then do parameters become tensors that a step can run on: hollow ones, or real ones in a test.
 """
 
 from __future__ import annotations

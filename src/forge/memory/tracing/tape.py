@@ -1,8 +1,8 @@
 """What a step allocates and frees, in order: every storage by its size, its category and the phase it happened in.
 
 The tape is a TorchDispatchMode: it sees each operation below autograd, looks at the storages of what comes out, and
-follows each by a weak reference until it dies. It does so alike for real tensors and for fake ones, which have storages
-of the right size and no memory.
+follows each by a weak reference until it dies. It does so alike for real tensors and for hollow ones, which have
+storages of the right size and no memory.
 """
 
 from __future__ import annotations
