@@ -28,5 +28,5 @@ TRACE_BAND = (-0.03, 0.05)
 """Share of the reserved peak by which a traced estimate may be off: the caching allocator's fragmentation, kernels'
 own workspaces, evaluation order. A guess until the GPU matrix has run."""
 ANALYTIC_BAND = (-0.25, 0.8)
-"""The same for the formulas. Of the 40 runs of benchmarks/memory_formulas.py they were from 44% below the trace (GPT-2, with
-its dropout) to 25% above it; this band holds all of them."""
+"""The same for the formulas. Of the 40 runs of benchmarks/memory_formulas.py they were from 44% below the trace (GPT-2,
+with its dropout) to 25% above it; this band holds all of them."""
