@@ -117,11 +117,35 @@ def disable_dropout(model: Any) -> None:
     disable_dropout_in_model(model)
 
 
-def remove_adapters(module: Any) -> None:
-    """Take the adapters of all PEFT layers inside a module away, and leave the layers that they wrapped."""
+def remove_adapters(module: Any) -> list[tuple[str, Any]]:
+    """Take the adapters of all PEFT layers inside a module away, and leave the layers that they wrapped.
+
+    Returns:
+        What was taken, by its dotted name in the module; `setattr` on its parent puts it back.
+    """
+    removed = []
     for name, child in list(module.named_children()):
-        get_base_layer = getattr(child, "get_base_layer", None)
-        if callable(get_base_layer):
-            setattr(module, name, get_base_layer())
+        wrapped = wrapped_by_adapter(child)
+        if wrapped is None:
+            removed += [(f"{name}.{inner}", found) for inner, found in remove_adapters(child)]
         else:
-            remove_adapters(child)
+            setattr(module, name, wrapped)
+            removed.append((name, child))
+    return removed
+
+
+def wrapped_by_adapter(module: Any) -> Any:
+    """The layer that a PEFT layer stands in for, or the module that one of `modules_to_save` does; else None."""
+    get_base_layer = getattr(module, "get_base_layer", None)
+    if callable(get_base_layer):
+        return get_base_layer()
+    return getattr(module, "original_module", None) if hasattr(module, "_active_adapter") else None
+
+
+def without_wrappers(name: str) -> str:
+    """The name that a parameter had before PEFT wrapped its module.
+
+    >>> without_wrappers("mlp.experts.base_layer.base_layer.gate_up_proj")
+    'mlp.experts.gate_up_proj'
+    """
+    return name.replace(".base_layer", "").replace(".original_module", "")

@@ -33,7 +33,7 @@ class BackwardProbe:
         self._forwards: Counter[int] = Counter()
         self._first_child: dict[int, nn.Module] = {}
         self._running: list[int] = []
-        self._input_of: dict[int, int] = {}
+        self._input_of: dict[int, tuple[int, torch.UntypedStorage]] = {}  # held: an address must not come twice
         self._saved: dict[int, tuple[int, torch.UntypedStorage]] = {}
         self._handles: list[Any] = []
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
@@ -54,7 +54,8 @@ class BackwardProbe:
         result = dict.fromkeys((*range(len(self.layers)), OUTSIDE), 0)
         for key, (owner, storage) in self._saved.items():
             # A checkpoint around the layer saves the layer's input before or after the layer's own hooks run.
-            result[self._input_of.get(key, OUTSIDE) if owner == OUTSIDE else owner] += storage.nbytes()
+            layer = self._input_of[key][0] if owner == OUTSIDE and key in self._input_of else owner
+            result[layer] += storage.nbytes()
         return result
 
     def __enter__(self) -> "BackwardProbe":
@@ -79,7 +80,8 @@ class BackwardProbe:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
             if not in_backward():
                 self._running.append(index)
-                self._input_of |= {_key(tensor): index for tensor in (*_tensors(args), *_tensors(kwargs))}
+                given = (*_tensors(args), *_tensors(kwargs))
+                self._input_of |= {_key(tensor): (index, tensor.untyped_storage()) for tensor in given}
 
         return hook
 
