@@ -21,7 +21,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from forge import EMACallback, MonitorCallback, estimate_model_memory, get_preset
+from forge import EMACallback, MonitorCallback, estimate_model_memory, get_preset, setup_lp_lora_style
 from forge.assets import conversations, smollm2
 
 SMALL_RUN = {
@@ -45,7 +45,8 @@ def main() -> None:
     preset.print_info()
     args = preset.get_sft_config()
     rows, length = args.per_device_train_batch_size, args.max_length
-    estimate_model_memory(model_id, rows, length, preset=preset, ema="device").print()
+    frozen = {"freeze_ratio": options.freeze_ratio}
+    estimate_model_memory(model_id, rows, length, preset=preset, ema="device", **frozen).print()
 
     tokenizer = AutoTokenizer.from_pretrained(model_id)
     model = AutoModelForCausalLM.from_pretrained(model_id, **preset.model_kwargs())
@@ -61,6 +62,8 @@ def main() -> None:
         peft_config=preset.get_lora_config(),
         callbacks=[*preset.get_callbacks(), ema, monitor],
     )
+    if options.freeze_ratio:
+        setup_lp_lora_style(trainer.model, **frozen).print()
     monitor.attach(trainer)
 
     questions = first_messages(held_out)
@@ -143,6 +146,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model", help="a hub id or a folder")
     parser.add_argument("--data", help="a JSON-lines file or the id of a data set")
     parser.add_argument("--preset", default="qlora", choices=["qlora", "lora", "sft"])
+    parser.add_argument("--freeze-ratio", type=float, default=0.0, help="the share of the lowest layers to freeze")
     parser.add_argument("--output", type=Path, default=Path("outputs/train_with_forge"))
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--max-length", type=int)

@@ -32,18 +32,19 @@ def own_model(tmp_path, tokenizer):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("preset", ["qlora", "sft"])
-def test_own_model_and_data(preset, own_model, tmp_path):
+@pytest.mark.parametrize(("preset", "freeze_ratio"), [("qlora", 0), ("qlora", 0.5), ("sft", 0)])
+def test_own_model_and_data(preset, freeze_ratio, own_model, tmp_path):
     from support.data import sft_messages
 
     rows = [{"messages": row["messages"]} for row in sft_messages(40)]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = run(
         "train_with_forge.py", "--model", own_model, "--data", "chats.jsonl", "--preset", preset, "--max-steps", 3,
-        cwd=tmp_path,
+        "--freeze-ratio", freeze_ratio, cwd=tmp_path,
     )  # fmt: skip
     before, after = losses(output)
     assert after < before
+    assert ("backward stops below" in output) == (freeze_ratio > 0)
     assert ("reloaded adapter: logits identical" in output) == (preset == "qlora")
     assert (tmp_path / "outputs/train_with_forge/adapter_model.safetensors").exists() == (preset == "qlora")
 

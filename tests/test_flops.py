@@ -12,7 +12,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from forge.errors import UnsupportedError
+from forge.freezing import setup_lp_lora_style
 from forge.models import AttentionScores, TrainingFlops, decoder_layers, training_flops
+from forge.models.truncation import truncation_of
 from support.models import lora, nf4_model, text_model
 
 ROWS, LENGTH = 2, 16
@@ -88,6 +90,65 @@ def assert_equal(model, *, overcounted=0):
 @pytest.mark.parametrize("family", [*DENSE, *EXPERTS])
 def test_every_operation_is_counted(family, method):
     assert_equal(method(family))
+
+
+@pytest.mark.parametrize("frozen", [2, [0, 2], [0, 1, 3], [1]], ids=str)
+@pytest.mark.parametrize("method", [full, adapted])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "qwen3_moe"])
+def test_truncated(family, method, frozen):
+    model = method(family)
+    setup_lp_lora_style(model, frozen_layers=frozen)
+    assert_equal(model)
+
+
+class Cache:
+    """Stands in for the layers below the boundary, for all rows or none."""
+
+    def __init__(self, served):
+        self.served = served
+
+    def below(self, index, run, args, kwargs):
+        return run(*args, **kwargs) if not self.served else self.form(args[0])
+
+    def at_boundary(self, hidden_states):
+        return hidden_states
+
+    def form(self, hidden_states):
+        return hidden_states
+
+
+class TuplesCache(Cache):
+    def form(self, hidden_states):
+        return hidden_states, None
+
+
+@pytest.mark.parametrize("served", [0.0, 1.0])
+@pytest.mark.parametrize("method", [full, adapted])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "qwen3_moe", "falcon_7b"])
+def test_served(family, method, served):
+    model = method(family)
+    setup_lp_lora_style(model, 0.75)
+    truncation_of(model).shortcut = (TuplesCache if family == "falcon_7b" else Cache)(served)
+    flops = training_flops(model)
+    over = 0
+    if family == "falcon_7b":  # of the blocks side by side, see below
+        first = decoder_layers(model)[3].get_submodule(PARALLEL[family])
+        over = 2 * TOKENS * sum(p.numel() for n, p in first.named_parameters() if "lora_B" not in n)
+    if method is full:
+        over = 0
+    assert (flops.forward(TOKENS, LENGTH, served=served), flops.step(TOKENS, LENGTH, served=served) - over) == measured(
+        model
+    )
+
+
+def test_what_is_half_served_costs_half_of_the_prefix():
+    model = adapted("gemma3")
+    setup_lp_lora_style(model)
+    flops = training_flops(model)
+    for cost in (flops.forward, flops.step):
+        none, half, everything = (cost(TOKENS, LENGTH, served=served) for served in (0.0, 0.5, 1.0))
+        assert half == (none + everything) / 2 < none
+    assert training_flops(adapted("gemma3")).prefix_per_token == 0
 
 
 @pytest.mark.parametrize("method", [full, full_upper_half, adapted, adapted_upper_half])

@@ -2,8 +2,7 @@
 
 The only edits to it: the imports, `processing_class`, the data collator, the padding token (the guide's `pad = eos`
 would mask every end of turn), `hardware="cpu"`, so that the test does the same on every machine, and the length: the
-guide pads every row to 2,048 tokens, which takes many minutes on a CPU and is done in the long tests. Freezing joins as
-its part lands.
+guide pads every row to 2,048 tokens, which takes many minutes on a CPU and is done in the long tests.
 """
 
 import json
@@ -14,7 +13,14 @@ from datasets import load_dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, Trainer
 
-from forge import EMACallback, MonitorCallback, estimate_model_memory, get_preset
+from forge import (
+    EMACallback,
+    MonitorCallback,
+    estimate_model_memory,
+    get_memory_savings_estimate,
+    get_preset,
+    setup_lp_lora_style,
+)
 
 # What the guide's own steps cause, whatever the preset says; nothing else may warn.
 OF_THE_GUIDE = (
@@ -49,6 +55,12 @@ def test_train_with_forge(smollm2, conversations, tmp_path, capsys, warning_reco
     # 3. Its preparation
     model = prepare_model_for_kbit_training(model)
     model = get_peft_model(model, preset.get_lora_config())
+
+    # 3b. LP-LoRA
+    setup_lp_lora_style(model, freeze_ratio=0.5)
+    savings = get_memory_savings_estimate(model)
+    assert savings["gradient_saved_gb"] > 0
+    assert savings["frozen_parameters"] == savings["trainable_parameters"]
 
     # 4. The data
     dataset = load_dataset("json", data_files=files)

@@ -6,18 +6,22 @@ import pytest
 import forge
 
 PUBLIC = {
+    "CacheSize",
     "ConflictError",
     "EMA",
     "EMACallback",
     "Fit",
     "ForgeError",
     "ForgeWarning",
+    "FreezeReport",
+    "FreezeSuggestion",
     "Hardware",
     "MemoryEstimate",
     "MissingAssetError",
     "ModelInfo",
     "MonitorCallback",
     "NonFiniteError",
+    "PrefixCache",
     "Preset",
     "TrainingPlan",
     "UnknownNameError",
@@ -29,6 +33,9 @@ PUBLIC = {
     "list_presets",
     "plan_training",
     "print_model_info",
+    "setup_lp_lora_style",
+    "suggest_freeze_ratio",
+    "unfreeze",
 }
 
 

@@ -18,6 +18,15 @@ if TYPE_CHECKING:  # the twin of _WHERE below, for editors and type checkers
         UnknownNameError,
         UnsupportedError,
     )
+    from .freezing import (
+        CacheSize,
+        FreezeReport,
+        FreezeSuggestion,
+        PrefixCache,
+        setup_lp_lora_style,
+        suggest_freeze_ratio,
+        unfreeze,
+    )
     from .hardware import Hardware
     from .memory import (
         Fit,
@@ -35,18 +44,22 @@ if TYPE_CHECKING:  # the twin of _WHERE below, for editors and type checkers
 __version__ = "0.1.0"
 
 _WHERE = {
+    "CacheSize": "freezing",
     "ConflictError": "errors",
     "EMA": "callbacks",
     "EMACallback": "callbacks",
     "Fit": "memory",
     "ForgeError": "errors",
     "ForgeWarning": "errors",
+    "FreezeReport": "freezing",
+    "FreezeSuggestion": "freezing",
     "Hardware": "hardware",
     "MemoryEstimate": "memory",
     "MissingAssetError": "errors",
     "ModelInfo": "memory",
     "MonitorCallback": "callbacks",
     "NonFiniteError": "errors",
+    "PrefixCache": "freezing",
     "Preset": "presets",
     "TrainingPlan": "memory",
     "UnknownNameError": "errors",
@@ -58,21 +71,28 @@ _WHERE = {
     "list_presets": "presets",
     "plan_training": "memory",
     "print_model_info": "memory",
+    "setup_lp_lora_style": "freezing",
+    "suggest_freeze_ratio": "freezing",
+    "unfreeze": "freezing",
 }
 
 __all__ = [
     "EMA",
+    "CacheSize",
     "ConflictError",
     "EMACallback",
     "Fit",
     "ForgeError",
     "ForgeWarning",
+    "FreezeReport",
+    "FreezeSuggestion",
     "Hardware",
     "MemoryEstimate",
     "MissingAssetError",
     "ModelInfo",
     "MonitorCallback",
     "NonFiniteError",
+    "PrefixCache",
     "Preset",
     "TrainingPlan",
     "UnknownNameError",
@@ -84,6 +104,9 @@ __all__ = [
     "list_presets",
     "plan_training",
     "print_model_info",
+    "setup_lp_lora_style",
+    "suggest_freeze_ratio",
+    "unfreeze",
 ]
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,11 +212,11 @@ class Clock:
 
 
 class Flops:
-    def step(self, tokens, length):
-        return 10.0 * tokens
+    def step(self, tokens, length, *, served):
+        return (10.0 - 2 * served) * tokens
 
-    def forward(self, tokens, length):
-        return 3.0 * tokens
+    def forward(self, tokens, length, *, served):
+        return (3.0 - 2 * served) * tokens
 
 
 def batch(rows, length, **more):
@@ -267,6 +268,39 @@ def test_packed_rows_are_many_samples_and_pairs_cost_a_reference_pass():
         metrics = pairs.drain(0.0, steps_left=0)
         assert metrics["mfu"] == pytest.approx(work * 20 / 100)
         assert metrics["samples_per_second"] == 2
+
+
+@pytest.mark.parametrize(("shared_reference", "work"), [(True, 9 + 2), (False, 9 + 3)])
+def test_what_a_cache_serves_is_no_work(shared_reference, work):
+    """The share is that of each micro-batch; a reference that is another model is served nothing."""
+    clock, shares = Clock(), iter([0.0, 0.5])
+    subject = Throughput(
+        Flops(),
+        100.0,
+        preference_pairs=True,
+        served=lambda: next(shares),
+        shared_reference=shared_reference,
+        clock=clock,
+    )
+    subject.count(batch(4, 5))
+    subject.count(batch(4, 5))
+    clock.now += 1
+    subject.end_step()
+    assert subject.drain(0.0, steps_left=0)["mfu"] == pytest.approx((13 + work) * 20 / 100)
+
+
+def test_the_share_that_a_cache_serves_is_read_from_the_model():
+    from forge.callbacks.monitor.run import _served
+    from forge.models.truncation import truncate
+
+    model = text_model()
+    assert _served(model)() == _served(torch.nn.Linear(2, 2))() == 0
+    model.requires_grad_(False)
+    truncation = truncate(model, 2)
+    served = _served(model)
+    assert served() == 0
+    truncation.shortcut = SimpleNamespace(served=0.25)  # a cache that is attached later
+    assert served() == 0.25
 
 
 def test_waiting_for_data_is_seen(tmp_path):

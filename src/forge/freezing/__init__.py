@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from .cache import CacheSize, PrefixCache
 from .report import FreezeReport
 from .setup import setup_lp_lora_style, unfreeze
+from .suggest import suggest_freeze_ratio
+from .suggestion import FreezeSuggestion
 
-__all__ = ["FreezeReport", "setup_lp_lora_style", "unfreeze"]
+__all__ = [
+    "CacheSize",
+    "FreezeReport",
+    "FreezeSuggestion",
+    "PrefixCache",
+    "setup_lp_lora_style",
+    "suggest_freeze_ratio",
+    "unfreeze",
+]

@@ -6,6 +6,7 @@ reference; an adapter that is only frozen would be awake from the second step on
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,12 +28,13 @@ class RemovedAdapters:
 
     Args:
         wrappers: PEFT's layers, by the dotted name of their place in the base model.
-        configs: the values that were changed, by adapter and field.
+        configs: the adapters' configs as they were; the model has changed copies, since the user may give the same
+            config to another model.
         targeted: PEFT's list of the modules that it adapted.
     """
 
     wrappers: list[tuple[str, Any]] = field(default_factory=list)
-    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    configs: dict[str, Any] = field(default_factory=dict)
     targeted: list[str] | None = None
 
     def put_back(self, model: nn.Module) -> None:
@@ -47,10 +49,7 @@ class RemovedAdapters:
                 wrapper.to(weight.device)  # the model may have moved meanwhile
             setattr(base.get_submodule(parent), child, wrapper)
         live = getattr(model, "peft_config", {})
-        for adapter, values in self.configs.items():
-            for name, value in values.items():
-                if adapter in live:
-                    setattr(live[adapter], name, value)
+        live.update({adapter: config for adapter, config in self.configs.items() if adapter in live})
         tuner = getattr(model, "base_model", None)
         if self.targeted is not None and hasattr(tuner, "targeted_module_names"):
             tuner.targeted_module_names = self.targeted  # type: ignore[union-attr]
@@ -65,11 +64,12 @@ def remove_adapters(model: nn.Module, frozen: Sequence[int]) -> RemovedAdapters:
     path, layers = decoder_layers_path(unwrap(model)), decoder_layers(model)
     for index in frozen:
         removed.wrappers += [(f"{path}.{index}.{name}", found) for name, found in compat.remove_adapters(layers[index])]
-    for adapter, config in getattr(model, "peft_config", {}).items():
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    for adapter, config in list(configs.items()):
         changes = _without_layers(config, path, frozen, len(layers), model)
-        removed.configs[adapter] = {name: getattr(config, name) for name in changes}
-        for name, value in changes.items():
-            setattr(config, name, value)
+        if changes:
+            removed.configs[adapter], configs[adapter] = config, copy.copy(config)
+            vars(configs[adapter]).update(changes)
     tuner: Any = getattr(model, "base_model", None)
     targeted = getattr(tuner, "targeted_module_names", None)
     if targeted is not None and removed.wrappers:
@@ -173,8 +173,8 @@ def _outputs_differ(module: Any, wrapped: Any, width: int, weight: torch.Tensor)
 
 def _saved_copy_differs(module: Any) -> bool:
     originals = dict(module.original_module.named_parameters())
-    for copy in getattr(module, "modules_to_save", {}).values():
-        for name, parameter in copy.named_parameters():
+    for saved in getattr(module, "modules_to_save", {}).values():
+        for name, parameter in saved.named_parameters():
             if not parameter.is_meta and not torch.equal(parameter, originals[name].to(parameter.dtype)):
                 return True
     return False

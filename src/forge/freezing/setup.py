@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConflictError, ForgeError, ForgeWarning, UnsupportedError
 from ..models.anatomy import unpacked_numel
+from ..models.below import modules_beside, trained_embeddings
 from ..models.layers import decoder_layers, decoder_layers_path, named_base_modules, unwrap
 from ..models.truncation import restore, truncate
 from .adapters import RemovedAdapters, excluding, refuse_trained, remove_adapters
-from .below import modules_beside, trained_embeddings
 from .report import FreezeReport
 from .selection import select_layers
 

@@ -7,6 +7,8 @@ Counted from the shapes of the linear layers rather than from a model's name:
 - activations of a layer: what goes in and comes out of each linear layer, in the width of the autocast, plus norms and
   the residual stream (8 hidden states); with eager attention two score matrices per head (Korthikanti et al. 2022,
   arXiv:2205.05198, section 4, without its dropout masks). With checkpointing the layers' inputs, and one layer whole.
+- frozen layers: their weights, nothing else; and not those either where a full prefix cache has let them leave the GPU.
+  What the cache brings is a hidden state.
 - under autocast, fp32 weights that train: a 16-bit copy of each until forward ends (torch's autocast cache).
 - loss: plain trainers hold the logits three times (16 bit, fp32, gradient); TRL's fused head a tile of 4,096 tokens.
 - reserved: 6% on top.
@@ -47,6 +49,7 @@ def formulas(run: Described) -> tuple[dict[str, int], int, int, str]:
     hidden = int(text_attribute(base.config, "hidden_size")) * tokens * width
     casts = _cast_bytes(run.source, scenario)
     kept = casts + sum(per_layer) if scenario.checkpointing == "off" else casts + hidden * len(per_layer)
+    kept += hidden * scenario.prefix_cache
     logits = _logits_bytes(base, scenario, tokens)
     state, paged = _state_bytes(scenario.optim, counts.trainable, on_gpu=scenario.device == "cuda")
     shadow = 4 * counts.trainable if scenario.ema == "device" else 0
@@ -81,8 +84,11 @@ class _Counts:
         bits = 4 if scenario.quantization is not None and scenario.quantization.load_in_4bit else 8
         self.weight_bytes = self.scale_bytes = self.gradient_bytes = self.trainable = 0
         adapters = scenario.peft_config is not None
+        frozen, prefix = _frozen(source, scenario)
         for parameter in source.parameters():
             count = parameter.numel()
+            if scenario.offload_prefix and id(parameter) in prefix:
+                continue
             if id(parameter) in packable:
                 self.weight_bytes += count * bits // 8
                 self.scale_bytes += (
@@ -90,7 +96,8 @@ class _Counts:
                 )
             else:
                 self.weight_bytes += count * (width or parameter.element_size())
-            if parameter.requires_grad and not adapters and scenario.quantization is None:
+            trains = parameter.requires_grad and id(parameter) not in frozen
+            if trains and not adapters and scenario.quantization is None:
                 self._trains(count, 4 if scenario.fp32_trainable else width or parameter.element_size())
         if adapters:
             added = _adapter_parameters(source, scenario)
@@ -100,6 +107,15 @@ class _Counts:
     def _trains(self, count: int, width: int) -> None:
         self.trainable += count
         self.gradient_bytes += width * count
+
+
+def _frozen(source: Any, scenario: Scenario) -> tuple[set[int], set[int]]:
+    """The parameters that freezing keeps from training, and those of them that are in the layers."""
+    layers = list(decoder_layers(source))[: scenario.frozen_layers]
+    prefix = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    base: Any = unwrap(source)
+    before = base.get_input_embeddings().parameters() if layers else ()
+    return prefix | {id(parameter) for parameter in before}, prefix
 
 
 def _packable(source: Any) -> set[int]:
@@ -143,7 +159,9 @@ def _cast_bytes(source: Any, scenario: Scenario) -> int:
     """Autocast keeps a 16-bit copy of every fp32 weight that trains until forward ends."""
     if scenario.autocast is None or scenario.peft_config is not None or scenario.dtype not in (None, "float32"):
         return 0
-    return 2 * sum(int(p.numel()) for p in source.parameters() if p.requires_grad and p.dim() > 1)
+    frozen, _ = _frozen(source, scenario)
+    trained = (p for p in source.parameters() if p.requires_grad and id(p) not in frozen)
+    return 2 * sum(int(p.numel()) for p in trained if p.dim() > 1)
 
 
 def _logits_bytes(base: Any, scenario: Scenario, tokens: int) -> int:

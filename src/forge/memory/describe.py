@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConflictError, ForgeError, UnknownNameError, UnsupportedError
+from ..errors import ConflictError, UnknownNameError, UnsupportedError
 from ..hardware import Hardware
-from ..models import decoder_layers
 from ..models.anatomy import build_on_meta, load_config
 from ..models.layers import text_attribute, unwrap
 from ..presets import Preset, get_preset, list_presets
-from .options import check_numbers, check_options
+from .options import check_numbers, check_options, freezing_of
 from .scenario import Attention, Checkpointing, Reference, Scenario, TrainerKind
 
 if TYPE_CHECKING:
@@ -213,11 +212,7 @@ def _with_options(scenario: Scenario, source: Any, options: Mapping[str, Any], a
     }
     if "peft_config" in options and scenario.peft_config is None:
         chosen["peft_config"] = options["peft_config"]
-    depth = len(decoder_layers(source))
-    frozen = options.get("frozen_layers", int(options.get("freeze_ratio", 0.0) * depth))
-    if not isinstance(frozen, int) or isinstance(frozen, bool) or not 0 <= frozen < depth:
-        raise ForgeError(f"frozen_layers={frozen!r}: it must be at least 0 and less than the model's {depth} layers.")
-    scenario = replace(scenario, **chosen, frozen_layers=frozen)
+    scenario = replace(scenario, **chosen, **freezing_of(source, options))
     if scenario.trainer == "dpo" and scenario.reference == "none":
         adapters = scenario.peft_config is not None or hasattr(source, "peft_config")
         scenario = replace(scenario, reference="adapter_off" if adapters else "copy")

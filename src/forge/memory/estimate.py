@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -52,11 +53,15 @@ def estimate_model_memory(
             fine-tuning of a config, and a live model as it stands.
         **options: `trainer` ("sft", "dpo", "plain"), `peft_config` (another adapter than the preset's), `padded` (rows
             differ in length), `packed`, `ema` ("device" or "cpu": where an EMACallback keeps its shadow), `reference`
-            ("adapter_off", "copy", "precomputed": DPO's), `freeze_ratio` or `frozen_layers` (LP-LoRA's prefix),
-            `sharding` ("ddp", "zero1", "zero2", "zero3", "fsdp") and `world_size`.
+            ("adapter_off", "copy", "precomputed": DPO's), `freeze_ratio` or `frozen_layers` (LP-LoRA's prefix, as
+            `setup_lp_lora_style` freezes it), `prefix_cache` (a full PrefixCache serves it: its layers do not run) and
+            `offload_prefix` (their weights have left the GPU), `sharding` ("ddp", "zero1", "zero2", "zero3", "fsdp")
+            and `world_size`.
+            A live model that `setup_lp_lora_style` or a PrefixCache has changed needs none of these to be said.
 
     Returns:
-        A Mapping in GiB; see `MemoryEstimate` for its keys.
+        A Mapping in GiB; see `MemoryEstimate` for its keys. With `prefix_cache` it speaks of the epochs after the
+        first, and its `first_epoch` of the one that fills the cache.
 
     Raises:
         UnknownNameError: an unknown preset, option or optimizer.
@@ -101,6 +106,7 @@ def estimate_described(run: Described) -> MemoryEstimate:
     context = overheads.CONTEXT_BYTES if cuda else 0
     low, high = (context_share if cuda else 0 for context_share in overheads.CONTEXT_BAND)
     total = reserved + context
+    first_epoch = _first_epoch(run, assumptions) if scenario.prefix_cache else None
     return MemoryEstimate(
         model=run.name,
         batch_size=scenario.batch_size,
@@ -117,7 +123,23 @@ def estimate_described(run: Described) -> MemoryEstimate:
             peak_phase=phase,
         ),
         described=run,
+        first_epoch=first_epoch,
     )
+
+
+def _first_epoch(run: Described, assumptions: list[str]) -> MemoryEstimate:
+    """The estimate of the epoch that fills the cache: all layers are there and run."""
+    scenario = replace(run.scenario, prefix_cache=False, offload_prefix=False)
+    model, preset, options = run.asked
+    asked = {name: value for name, value in options.items() if name != "offload_prefix"} | {"prefix_cache": False}
+    first = estimate_described(replace(run, scenario=scenario, asked=(model, preset, asked)))
+    where = "on the host" if run.scenario.offload_prefix else "on the GPU, idle"
+    assumptions.append(
+        f"every row is in the prefix cache: the {scenario.frozen_layers} frozen layers are {where}, and a batch of "
+        f"their outputs is on the GPU. The epoch that fills the cache needs {first['total_estimated_gb']:.2f} GiB (at "
+        f"most {first['high_gb']:.2f}): fits() and plans count that epoch too"
+    )
+    return first
 
 
 def _from_trace(traced: Traced, run: Described, assumptions: list[str]) -> tuple[dict[str, int], int, int, str]:

@@ -116,7 +116,7 @@ def _four_bit(now: Settings) -> Pull | None:
 
 
 def _freezing(now: Settings) -> Pull | None:
-    if now.options.get("freeze_ratio") or now.options.get("frozen_layers"):
+    if "freeze_ratio" in now.options or "frozen_layers" in now.options:
         return None
     changed = replace(now, options={**now.options, "freeze_ratio": 0.5})
     change = "setup_lp_lora_style(model, freeze_ratio=0.5)"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ForgeError, UnknownNameError
+from ..errors import ConflictError, ForgeError, UnknownNameError
 from ..hardware import Hardware
 from ..models.anatomy import load_config
 from ..presets import Preset, get_preset, list_presets
@@ -62,7 +62,7 @@ class TrainingPlan:
         preset: the recipe with them applied.
         batch_size: rows in a micro-batch, with them.
         sequence_length: tokens in a row, with them.
-        options: what the preset cannot say: `freeze_ratio` for `setup_lp_lora_style`.
+        options: what the preset cannot say: `freeze_ratio` for `setup_lp_lora_style`, `frozen_layers` of a live model.
     """
 
     gpu: Card
@@ -158,13 +158,14 @@ def plan_training(
     length = table["max_length"].value if sequence_length is None else sequence_length
     micro = table["per_device_train_batch_size"].value if batch_size is None else batch_size
     check_numbers(micro, length)
-    now = Settings(_with_batch(recipe, micro, length), micro, length, dict(options))
+    now = Settings(_with_batch(recipe, micro, length), micro, length, {**_frozen_already(model), **options})
     before = _estimate(model, now)
     before.card(card.usable_bytes)  # refuses a preset for a CPU
     if before.bytes.high <= card.usable_bytes:
         return TrainingPlan(card, before, (), (), before, now.preset, micro, length, now.options)
-    alone = [(pull, _estimate(model, pull.settings)) for pull in pulls(now)]
-    levers = sorted((_lever(pull, before, after) for pull, after in alone), key=lambda lever: -lever.saved_gb)
+    alone = [(pull, _possible(model, pull.settings)) for pull in pulls(now)]
+    levers = [_lever(pull, before, after) for pull, after in alone if after is not None]
+    levers.sort(key=lambda lever: -lever.saved_gb)
     search = _Search(model, now, before, card, levers)
     applied, after = search.run(), search.settings
     return TrainingPlan(
@@ -215,10 +216,29 @@ def _with_batch(preset: Preset, micro: int, length: int) -> Preset:
     )
 
 
+def _frozen_already(model: Any) -> dict[str, Any]:
+    """Of a live model that `setup_lp_lora_style` has changed, so that nobody proposes it once more."""
+    from torch import nn
+
+    from ..models.truncation import truncation_of
+
+    truncation = truncation_of(model) if isinstance(model, nn.Module) else None
+    return {} if truncation is None else {"frozen_layers": truncation.depth}
+
+
 def _estimate(model: Any, settings: Settings) -> MemoryEstimate:
+    """Of the epoch that needs most."""
     return estimate_model_memory(
         model, settings.batch_size, settings.sequence_length, preset=settings.preset, **settings.options
-    )
+    ).heaviest
+
+
+def _possible(model: Any, settings: Settings) -> MemoryEstimate | None:
+    """The estimate, None where a lever contradicts the model: a tower that trains below layers to be frozen."""
+    try:
+        return _estimate(model, settings)
+    except ConflictError:
+        return None
 
 
 def _lever(pull: Pull, before: MemoryEstimate, after: MemoryEstimate) -> Lever:
@@ -245,9 +265,11 @@ class _Search:
             if not useful or self._fits(self.estimate):
                 break
             pull = max(useful, key=lambda p: (p.same_result, self._saved.get(p.name, 0.0)))
-            after = _estimate(self._model, pull.settings)
-            self._saved[pull.name] = self.estimate["total_estimated_gb"] - after["total_estimated_gb"]
-            if self._saved[pull.name] > 0:
+            after = _possible(self._model, pull.settings)
+            self._saved[pull.name] = (
+                0.0 if after is None else self.estimate["total_estimated_gb"] - after["total_estimated_gb"]
+            )
+            if after is not None and self._saved[pull.name] > 0:
                 self._pulled.append(pull.name)
                 self.settings, self.estimate = pull.settings, after
         if self._fits(self.estimate):
@@ -262,7 +284,8 @@ class _Search:
             fewer = list(self._pulled)
             fewer.remove(name)
             settings = self._with(fewer)
-            if settings is not None and self._fits(estimate := _estimate(self._model, settings)):
+            estimate = None if settings is None else _possible(self._model, settings)
+            if settings is not None and estimate is not None and self._fits(estimate):
                 self._pulled, self.settings, self.estimate = fewer, settings, estimate
 
     def _with(self, names: list[str]) -> Settings | None:

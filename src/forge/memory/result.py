@@ -98,6 +98,7 @@ class MemoryEstimate(Mapping[str, Any]):
         assumptions: sentences.
         bytes: the numbers.
         described: the run.
+        first_epoch: with `prefix_cache` the estimate of the epoch that fills the cache, else None.
     """
 
     model: str
@@ -107,6 +108,7 @@ class MemoryEstimate(Mapping[str, Any]):
     assumptions: tuple[str, ...]
     bytes: Bytes = field(repr=False)
     described: Described = field(repr=False)
+    first_epoch: MemoryEstimate | None = field(default=None, repr=False)
 
     def __getitem__(self, key: str) -> Any:
         """The value of one of the keys above."""
@@ -136,7 +138,7 @@ class MemoryEstimate(Mapping[str, Any]):
         }
 
     def fits(self, gpu: str | int) -> Fit:
-        """Whether the run fits on a GPU: "yes", "no", or "uncertain" where the band touches its limit.
+        """Whether the run fits on a GPU, from its first epoch on: "yes", "no", or "uncertain" within the band.
 
         Args:
             gpu: "24GB", "RTX 4090", "H100", what `torch.cuda.get_device_name()` says, or bytes.
@@ -149,9 +151,16 @@ class MemoryEstimate(Mapping[str, Any]):
             UnknownNameError: no such GPU.
         """
         usable = self.card(gpu).usable_bytes
-        if self.bytes.high <= usable:
+        most = self.heaviest.bytes
+        if most.high <= usable:
             return Fit("yes")
-        return Fit("no" if self.bytes.low > usable else "uncertain")
+        return Fit("no" if most.low > usable else "uncertain")
+
+    @property
+    def heaviest(self) -> MemoryEstimate:
+        """The epoch that needs most: `first_epoch`, or this."""
+        first = self.first_epoch
+        return first if first is not None and first.bytes.high >= self.bytes.high else self
 
     def card(self, gpu: str | int) -> Card:
         """The GPU of that name.
@@ -205,10 +214,11 @@ class MemoryEstimate(Mapping[str, Any]):
         """A callback that compares this estimate with the measured peak after the second step of a run.
 
         It prints by how much the estimate was off, keeps that as `result`, and warns where it was more than the band.
+        Of a run with a prefix cache the second step is one that fills it, and `first_epoch` is compared.
         """
         from .calibration import CalibrationCallback
 
-        return CalibrationCallback(self)
+        return CalibrationCallback(self.first_epoch or self)
 
     def print(self) -> None:
         """Print the parts as a table."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .tracing import Traced
 
 GB = 2**30
+_RECORD = "_forge_freezing"  # on a base model: what forge.freezing, which stands above this room, has changed in it
 
 
 def get_memory_savings_estimate(
@@ -27,6 +28,7 @@ def get_memory_savings_estimate(
 
     Both are traced, with the model's dtypes and checkpointing. Only what freezing saves is credited to it: the base
     weights that LoRA leaves alone anyway are no saving, the adapters that the frozen layers would have had are one.
+    Where a PrefixCache is attached, the epochs after the first are compared, in which the frozen layers do not run.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 256}
@@ -64,7 +66,7 @@ def get_memory_savings_estimate(
     counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
     without = _without_freezing(run)
     everything = _trainable(without)
-    if everything == counted:
+    if everything == counted and not run.scenario.frozen_layers:
         nothing = dict.fromkeys(
             ("gradient_saved_gb", "optimizer_saved_gb", "activation_saved_gb", "total_saved_gb"), 0.0
         )
@@ -87,17 +89,29 @@ def _counts(everything: int, trainable: int) -> dict[str, float]:
 
 
 def _without_freezing(run: Described) -> Described:
-    """The same model from its config, with every layer trained: wholly, or by the adapters that the live one has."""
+    """The same model from its config, with every layer trained: wholly, or by the adapters that the live one has.
+
+    Of one that `setup_lp_lora_style` has changed trains what did before.
+    """
     base: Any = unwrap(run.source)
+    source, record = build_on_meta(base.config), vars(base).get(_RECORD)
     dtypes = [p.dtype for p in base.parameters() if p.is_floating_point()]
     adapters = getattr(run.source, "peft_config", None)
+    if adapters and record is not None:  # without what keeps adapters out of the frozen layers
+        adapters = adapters | record.adapters.configs
     scenario = replace(
         run.scenario,
         dtype=str(max(set(dtypes), key=dtypes.count)).removeprefix("torch."),
         quantization=getattr(base.config, "quantization_config", None),
         peft_config=copy.deepcopy(adapters[run.source.active_adapter]) if adapters else None,
+        frozen_layers=0,
+        prefix_cache=False,
     )
-    return replace(run, source=build_on_meta(base.config), scenario=scenario)
+    if record is not None and not adapters:
+        trained = {name for name, p in base.named_parameters() if p.requires_grad}.union(record.switched_off)
+        for name, parameter in source.named_parameters():
+            parameter.requires_grad_(name in trained)
+    return replace(run, source=source, scenario=scenario)
 
 
 def _trainable(run: Described) -> int:

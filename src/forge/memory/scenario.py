@@ -38,6 +38,8 @@ class Scenario:
         reference: of DPO.
         ema: where the shadow of an exponential moving average lives, "none" without one.
         frozen_layers: how many of the lowest decoder layers neither train nor are visited by backward.
+        prefix_cache: whether what those compute is read from a full `PrefixCache`, and none of them runs.
+        offload_prefix: whether their weights have left the GPU.
         sharding: how `world_size` processes share the state.
         world_size: processes.
         settings: what else the trainer reads, by the names of its arguments.
@@ -63,6 +65,8 @@ class Scenario:
     reference: Reference = "none"
     ema: Literal["none", "device", "cpu"] = "none"
     frozen_layers: int = 0
+    prefix_cache: bool = False
+    offload_prefix: bool = False
     sharding: Sharding = "none"
     world_size: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)

@@ -27,11 +27,11 @@ def largest(
         raise ForgeError(f"limit={limit!r}: it must be a whole number of at least 1.")
     usable = estimate.card(gpu).usable_bytes
     unit = _STEP if what == "sequence_length" else 1
-    needs: dict[int, int] = {getattr(estimate, what): estimate.bytes.high}
+    needs: dict[int, int] = {getattr(estimate, what): estimate.heaviest.bytes.high}
 
     def fits(value: int) -> bool:
         if value not in needs:
-            needs[value] = estimate.at(**{what: value}).bytes.high
+            needs[value] = estimate.at(**{what: value}).heaviest.bytes.high
         return needs[value] <= usable
 
     floor = 2 if what == "sequence_length" else 1

@@ -13,6 +13,7 @@ of MFU (PaLM, arXiv:2204.02311, appendix B). The choices made:
   only: full fine-tuning is 6 per weight and token in all, LoRA a little over 4.
 - Of a mixture's experts those that a token passes, LoRA on fused experts alike, as x A B. (PEFT first multiplies A by B
   to a whole weight and learns from that weight's gradient: work of the implementation, which grows with the experts.)
+- Layers whose outputs a PrefixCache serves are not run: their forward pass is not counted for the served tokens.
 - The embeddings are a lookup, 0; the output head is a product, tied or not, made for every token of the row.
 - Not counted: norms, activations, softmax, rotary tables, convolutions and scans of state-space layers, DoRA's norms,
   adapters that are not LoRA and those of embeddings, the unpacking of quantised weights, the loss, the optimizer.
@@ -38,11 +39,13 @@ class AttentionScores:
         forward_per_pair: FLOPs for one token and one token of its row.
         backward_per_pair: the same for backward, which multiplies twice for each of the two, where it comes by.
         window: how many tokens each is matched with at most, None for the whole row.
+        prefix_per_pair: how much of `forward_per_pair` is that of the layers below the boundary.
     """
 
     forward_per_pair: float
     backward_per_pair: float
     window: int | None = None
+    prefix_per_pair: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,27 +63,33 @@ class TrainingFlops:
         backward_per_token: the same for backward.
         attention: the attention scores, by window.
         note: what of the model is not counted; None when all of it is.
+        prefix_per_token: how much of `forward_per_token` is that of the layers below the boundary at which backward
+            stops (`setup_lp_lora_style`).
     """
 
     forward_per_token: float
     backward_per_token: float
     attention: tuple[AttentionScores, ...] = ()
     note: str | None = None
+    prefix_per_token: float = 0.0
 
-    def forward(self, tokens: int, sequence_length: int) -> float:
+    def forward(self, tokens: int, sequence_length: int, *, served: float = 0.0) -> float:
         """FLOPs of a forward pass alone (evaluation, DPO's reference model).
 
         Args:
             tokens: of all rows together, padding included: the hardware multiplies it too.
             sequence_length: tokens in a row; of rows packed without a border between the samples, the whole row's.
+            served: the share of the tokens, in [0, 1], for which a cache stood in for the layers below the boundary.
         """
-        scores = sum(part.forward_per_pair * _matched(part, sequence_length) for part in self.attention)
-        return tokens * (self.forward_per_token + scores)
+        run = self.forward_per_token - served * self.prefix_per_token
+        for part in self.attention:
+            run += (part.forward_per_pair - served * part.prefix_per_pair) * _matched(part, sequence_length)
+        return tokens * run
 
-    def step(self, tokens: int, sequence_length: int) -> float:
+    def step(self, tokens: int, sequence_length: int, *, served: float = 0.0) -> float:
         """FLOPs of forward and backward, with the arguments of `forward`; a sum over the micro-batches of a step."""
         scores = sum(part.backward_per_pair * _matched(part, sequence_length) for part in self.attention)
-        return self.forward(tokens, sequence_length) + tokens * (self.backward_per_token + scores)
+        return self.forward(tokens, sequence_length, served=served) + tokens * (self.backward_per_token + scores)
 
 
 def training_flops(model: nn.Module) -> TrainingFlops:
@@ -111,29 +120,37 @@ def training_flops(model: nn.Module) -> TrainingFlops:
         UnsupportedError: no decoder is found in the model, or not how many of its experts a token passes.
     """
     from .products import DecoderProducts
+    from .truncation import truncated_layers
 
-    return _counted(DecoderProducts(model))
+    return _counted(DecoderProducts(model), truncated_layers(model))
 
 
-def _counted(found: DecoderProducts) -> TrainingFlops:
+def _counted(found: DecoderProducts, boundary: int) -> TrainingFlops:
     lowest = min(found.trained_positions(), default=None)
-    forward = backward = 0.0
+    forward = backward = prefix = 0.0
     for product in found.products():
         behind = product.behind_trained or (lowest is not None and lowest < product.position)
         forward += 2 * product.weights
+        prefix += 2 * product.weights * (0 <= product.position[0] < boundary)
         backward += 2 * product.weights * (behind + product.trains)
     # The scores have no weight: backward multiplies for both factors of both products, or not at all.
     features: dict[int | None, float] = defaultdict(float)
     visited: dict[int | None, float] = defaultdict(float)
+    skipped: dict[int | None, float] = defaultdict(float)
     for part in found.scores():
         features[part.window] += part.features
         visited[part.window] += part.features * (lowest is not None and lowest < part.position)
+        skipped[part.window] += part.features * (part.position[0] < boundary)
     note = f"{found.linears_beside} linear layers beside the language decoder (towers, projectors) are not counted"
     return TrainingFlops(
         forward_per_token=forward,
         backward_per_token=backward,
-        attention=tuple(AttentionScores(2 * total, 4 * visited[window], window) for window, total in features.items()),
+        attention=tuple(
+            AttentionScores(2 * total, 4 * visited[window], window, 2 * skipped[window])
+            for window, total in features.items()
+        ),
         note=note if found.linears_beside else None,
+        prefix_per_token=prefix,
     )
 
 

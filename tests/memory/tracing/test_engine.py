@@ -17,9 +17,10 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
-from forge.errors import UnknownNameError, UnsupportedError
+from forge.errors import ConflictError, UnknownNameError, UnsupportedError
 from forge.memory.scenario import Scenario
-from forge.memory.tracing import UntraceableError, trace
+from forge.memory.tracing import Traced, UntraceableError, trace
+from forge.memory.tracing.tape import PHASE
 from support.models import lora, nf4_model, text_model
 from support.steps import hollow_step, largest_difference, real_step, source
 
@@ -37,6 +38,8 @@ def adapter(name: str, **fields: Any) -> Any:
 
 
 EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj"], "target_modules": ["q_proj"]}
+
+CACHED: dict[str, Any] = {"frozen_layers": 1, "prefix_cache": True}
 
 # Each value of each dimension stands in a row, and most pairs do: the full product is the long test.
 CELLS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -80,6 +83,38 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "int8-dora": ("llama", {"quantization": INT8, "peft_config": lora(use_dora=True), "attention": "eager"}),
     "frozen-full": ("llama", {"frozen_layers": 1, "checkpointing": "reentrant"}),
     "frozen-lora": ("qwen3", {"frozen_layers": 1, "peft_config": lora(), "checkpointing": "non_reentrant"}),
+    "frozen-positions": ("gpt2", {"frozen_layers": 1, "trainer": "plain", "checkpointing": "reentrant"}),
+    "frozen-dpo": (
+        "gemma3",
+        {
+            "frozen_layers": 1,
+            "peft_config": lora(),
+            "trainer": "dpo",
+            "reference": "adapter_off",
+            "checkpointing": "non_reentrant",
+        },
+    ),
+    "cached-full": ("llama", {**CACHED, "checkpointing": "reentrant"}),
+    "cached-tuples": ("falcon_7b", {**CACHED, "peft_config": lora()}),
+    "cached-dpo": (
+        "phi3",
+        {**CACHED, "peft_config": lora(), "trainer": "dpo", "reference": "adapter_off", "padded": True},
+    ),
+    "cached-offloaded": (
+        "qwen3",
+        {
+            **CACHED,
+            "offload_prefix": True,
+            "quantization": NF4,
+            "peft_config": lora(),
+            "checkpointing": "non_reentrant",
+            "accumulation": 2,
+        },
+    ),
+    "cached-moe": (
+        "qwen3_moe",
+        {**CACHED, "peft_config": lora(**EXPERTS), "settings": {"router_aux_loss_coef": 0.0}, "packed": True},
+    ),
     "ema-8bit-unclipped": (
         "llama",
         {"ema": "device", "peft_config": lora(), "optim": "adamw_8bit", "max_grad_norm": 0.0},
@@ -264,6 +299,66 @@ def test_nothing_stays_alive() -> None:
         gc.collect()
         counts.append(sum(type(each) in {torch.Tensor, torch.nn.Parameter} for each in gc.get_objects()))
     assert counts[1] == counts[2]
+
+
+def peaks(model: Any, **changes: Any) -> tuple[Traced, ...]:
+    """Frozen, frozen with a full cache, and that with the prefix taken off the GPU."""
+    frozen = replace(TINY, frozen_layers=4, peft_config=lora(), **changes)
+    ways = {}, {"prefix_cache": True}, {"prefix_cache": True, "offload_prefix": True}
+    return tuple(trace(model, replace(frozen, **way), all_layers=True) for way in ways)
+
+
+@pytest.mark.parametrize("changes", [{}, {"checkpointing": "reentrant"}, {"quantization": NF4}])
+def test_what_a_cache_leaves_of_the_prefix(changes: dict[str, Any]) -> None:
+    """No layer below the boundary runs; a batch of states is there; the weights go or stay."""
+    model = source(layers=6)
+    frozen, cached, offloaded = peaks(model, **changes)
+    assert _ran(frozen) == set(range(6))
+    assert _ran(cached) == _ran(offloaded) == {4, 5}
+    states = 2 * 32 * 32 * 2  # rows, length, width, bytes
+    kept = frozen.recording.when("1.backward.loss")["activations"]
+    assert cached.recording.when("1.backward.loss")["activations"] - kept in (0, states)  # embeddings stay anyway
+    weights = [each.recording.when("1.forward.embed") for each in (frozen, cached, offloaded)]
+    assert weights[0] == weights[1]
+    gone = sum(
+        weights[1][category] - weights[2][category] for category in ("parameters", "quantization")
+    )  # of four layers of six
+    per_layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    if not changes.get("quantization"):
+        assert gone == 4 * per_layer * 2
+    assert 0 < gone < 4 * per_layer * 2 + 1
+
+
+def _ran(traced: Traced) -> set[int]:
+    return {event[2] for event in traced.recording.events if event[0] == PHASE and event[2] is not None}
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "reentrant", "non_reentrant"])
+def test_a_frozen_prefix_keeps_nothing(checkpointing: Any) -> None:
+    """With half of the layers frozen, what waits for backward is what a model of the other half keeps."""
+    scenario = replace(TINY, peft_config=lora(), checkpointing=checkpointing)
+    half = trace(source(layers=3), replace(scenario, frozen_layers=0), all_layers=True)
+    frozen = trace(source(layers=6), replace(scenario, frozen_layers=3), all_layers=True)
+    kept, expected = (each.recording.when("2.backward.loss")["activations"] for each in (frozen, half))
+    assert kept == pytest.approx(expected, abs=2 * 32 * 32 * 2 * 2)  # one layer's input, which is no embedding here
+
+
+def test_a_mixture_whose_routers_are_all_learnt_from_has_no_cache() -> None:
+    with pytest.raises(ConflictError, match=r"router_aux_loss_coef=0\.0"):
+        trace(source("qwen3_moe"), replace(TINY, **CACHED))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "what"),
+    [
+        ("gemma3_vl", {"peft_config": lora()}, "vision_tower"),
+        ("llama", {"peft_config": lora(trainable_token_indices=[3])}, "embed_tokens.*trainable_tokens"),
+        ("llama", {"peft_config": adapter("PromptTuningConfig", num_virtual_tokens=8)}, "the adapter 'default'"),
+    ],
+)
+def test_what_trains_below_frozen_layers_is_refused(family: str, changes: dict[str, Any], what: str) -> None:
+    with pytest.raises(ConflictError, match=f"{what}.* trains below the 1 frozen layers"):
+        trace(source(family), replace(TINY, frozen_layers=1, **changes))
 
 
 def test_an_unknown_optimizer_is_named() -> None:

@@ -32,6 +32,8 @@ CELLS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "moe-qlora": ("mixtral", 8, QLORA),
     "dense-prefix": ("deepseek_v3", 9, {"checkpointing": "non_reentrant"}),
     "frozen-prefix": ("llama", 14, {"frozen_layers": 7, "checkpointing": "reentrant"}),
+    "cached-prefix": ("llama", 18, {"frozen_layers": 9, "prefix_cache": True, "peft_config": lora()}),
+    "cached-offloaded": ("falcon_7b", 16, {"frozen_layers": 7, "prefix_cache": True, "offload_prefix": True, **QLORA}),
     "frozen-few": ("llama", 9, {"frozen_layers": 2, "peft_config": lora()}),
     "dpo-copy": ("llama", 8, {"trainer": "dpo", "reference": "copy", "checkpointing": "reentrant"}),
     "dpo-adapter-off": ("qwen2", 8, {"trainer": "dpo", "reference": "adapter_off", "peft_config": lora()}),

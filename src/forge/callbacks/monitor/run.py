@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -75,6 +76,8 @@ class MonitoredRun:
             peak_of(args.device),
             processes=args.world_size,
             preference_pairs=hasattr(trainer, "ref_model"),
+            served=_served(model),
+            shared_reference=getattr(trainer, "ref_model", None) is None,
         )
         self.journal: Journal | None = None
         if settings.report_dir is not None and state.is_world_process_zero:
@@ -274,3 +277,20 @@ def _flops(model: nn.Module) -> Any:
         return training_flops(model)
     except (ForgeError, AttributeError):
         return None
+
+
+def _served(model: nn.Module) -> Callable[[], float]:
+    """What tells the share of the last forward pass's tokens that a PrefixCache stood in for; it may come later."""
+    from ...errors import ForgeError
+    from ...models.truncation import truncation_of
+
+    try:
+        truncation = truncation_of(model)
+    except (ForgeError, AttributeError):
+        truncation = None
+
+    def served() -> float:
+        shortcut = None if truncation is None else truncation.shortcut
+        return 0.0 if shortcut is None else shortcut.served
+
+    return served

@@ -22,6 +22,10 @@ class Throughput:
         peak_flops: What the device can do, in FLOP/s; None where it is not known.
         processes: How many processes train alike; counts of this one are multiplied by it.
         preference_pairs: Whether rows come as chosen and rejected, with a reference model's forward pass beside.
+        served: The share of the last forward pass that a PrefixCache stood in for; asked after each micro-batch.
+        shared_reference: Whether the reference is the same model with its adapters off, and so served too. Its pass is
+            the last of the two: while the cache is being filled it is served what the policy's had to compute, whose
+            prefix is then not counted. So in a first epoch the MFU of DPO is too low, and nowhere too high.
     """
 
     def __init__(
@@ -31,12 +35,15 @@ class Throughput:
         *,
         processes: int = 1,
         preference_pairs: bool = False,
+        served: Callable[[], float] = lambda: 0.0,
+        shared_reference: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._flops = flops
         self._peak = peak_flops
         self._processes = processes
         self._pairs = preference_pairs
+        self._served, self._shared_reference = served, shared_reference
         self._clock = clock
         self._begin = self._mark = clock()
         self._steps_done = 0
@@ -83,9 +90,11 @@ class Throughput:
             real = mask.sum()
             self._real = real if self._real is None else self._real + real
         if self._flops is not None:
-            self._work += self._flops.step(ids.numel(), length)
+            served = self._served()
+            self._work += self._flops.step(ids.numel(), length, served=served)
             if self._pairs and "ref_chosen_logps" not in inputs:
-                self._work += self._flops.forward(ids.numel(), length)
+                served = served if self._shared_reference else 0.0
+                self._work += self._flops.forward(ids.numel(), length, served=served)
 
     @property
     def real_tokens(self) -> Tensor | None:

@@ -19,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from ... import compat
 from ...errors import ConflictError
-from ...models.layers import decoder_layers_path, unwrap
+from ...models.below import modules_beside, trained_embeddings
+from ...models.layers import decoder_layers_path, named_base_modules, unwrap
+from ...models.truncation import restore, truncate, truncation_of
 from ..scenario import Scenario
 from .quantized import Empty, empty_packed, is_packed, packed_constants, without_weights
 
@@ -58,7 +60,8 @@ def build(source: nn.Module, scenario: Scenario, layers: Sequence[int], empty: E
     reference = _shortened(model, range(len(layers))) if scenario.reference == "copy" else None
     if scenario.peft_config is not None:
         model = _with_adapter(model, scenario.peft_config)
-    _freeze(model, scenario)
+    if scenario.frozen_layers or truncation_of(source) is not None:
+        _freeze(model, scenario)
     if scenario.fp32_trainable:
         _cast_trainable(model)
     model.train()
@@ -87,6 +90,7 @@ def _shortened(source: nn.Module, layers: Sequence[int]) -> Any:
     """A copy of the structure that shares no weight with the source: those are on meta."""
     all_layers = _decoder_layers(source)
     model = _copy(source, without=[layer for index, layer in enumerate(all_layers) if index not in set(layers)])
+    restore(model)  # the scenario says where backward stops
     base: Any = unwrap(model)
     path = decoder_layers_path_of(base, all_layers, source)
     parent_path, _, name = path.rpartition(".")
@@ -115,6 +119,9 @@ def _copy(source: nn.Module, without: Sequence[nn.Module]) -> Any:
             memo[id(getattr(module, name))] = OrderedDict()
         if "forward" in vars(module):
             memo[id(vars(module)["forward"])] = None
+        for name, kept in vars(module).items():
+            if name.startswith("_forge_"):  # the adapters that freezing took out, for giving them back
+                memo[id(kept)] = None
     with _TensorsToMeta():
         model: Any = copy.deepcopy(source, memo)
     for module in model.modules():
@@ -220,14 +227,28 @@ def _with_adapter(model: Any, peft_config: Any) -> Any:
 
 
 def _freeze(model: Any, scenario: Scenario) -> None:
-    """Nothing of the lowest layers trains, nor what stands before them; their adapters are gone."""
-    if not scenario.frozen_layers:
-        return
-    base: Any = unwrap(model)
+    """What `setup_lp_lora_style` does, and refuses: it stands above this room in the house."""
     for layer in list(_decoder_layers(model))[: scenario.frozen_layers]:
         compat.remove_adapters(layer)
         layer.requires_grad_(False)
-    base.get_input_embeddings().requires_grad_(False)
+    beside = modules_beside(model)
+    truncation = truncate(model, scenario.frozen_layers, beside.values())
+    base: Any = unwrap(model)
+    attention, base.config._attn_implementation = base.config._attn_implementation, "eager"
+    below = trained_embeddings(model, truncation)  # calls the decoder; sdpa would read values of the mask
+    base.config._attn_implementation = attention
+    of_base = {id(p) for module in named_base_modules(model).values() for p in module.parameters(recurse=False)}
+    trained = [f"{name}.{each}" for name, m in beside.items() for each, p in m.named_parameters() if p.requires_grad]
+    trained += [name for name, parameter in below.items() if id(parameter) not in of_base]
+    configs = getattr(model, "peft_config", {})
+    trained += [f"the adapter {name!r}" for name, config in configs.items() if config.is_prompt_learning]
+    if trained:
+        raise ConflictError(
+            f"{trained[0]} trains below the {scenario.frozen_layers} frozen layers, where backward does not come, and "
+            "setup_lp_lora_style refuses that. Leave it out of what trains (peft_config=), or freeze no layers."
+        )
+    for parameter in below.values():
+        parameter.requires_grad_(False)
 
 
 def _cast_trainable(model: nn.Module) -> None:

@@ -19,11 +19,13 @@ import torch
 from torch import nn
 
 from ... import compat
+from ...errors import ConflictError
 from ...models.layers import decoder_layers, unwrap
 from ..scenario import Scenario
 from .cuda import CudaWays, in_backward, recomputed_alike, triton_tiles
 from .optimizers import Optimizer
 from .quantized import Empty, packed_constants
+from .served import serve
 from .skeleton import Skeleton
 from .tape import Recording, Tape
 
@@ -50,6 +52,8 @@ def run(skeleton: Skeleton, scenario: Scenario, empty: Empty, shapes: Any = None
             stack.enter_context(triton_tiles())
             stack.enter_context(recomputed_alike(flash=scenario.flash_kernel))
         trainer = _Trainer(skeleton, scenario)
+        if scenario.prefix_cache:
+            serve(skeleton, tape, empty, shapes)
         _mark_phases(skeleton, tape, trainer)
         for parameter in trainable:
             parameter.register_post_accumulate_grad_hook(lambda p: tape.recategorise(p.grad, "gradients"))
@@ -83,8 +87,11 @@ def register_state(tape: Tape, skeleton: Skeleton, scenario: Scenario, empty: Em
     """Count what is there before the first step, each layer's own under its number."""
     model = skeleton.model
     layer_of = {module: index for index, layer in enumerate(skeleton.layers) for module in layer.modules()}
+    on_host = scenario.frozen_layers if scenario.offload_prefix else 0
     for module in model.modules():
         layer = layer_of.get(module)
+        if layer is not None and layer < on_host:
+            continue
         tape.register(packed_constants(module), "quantization", layer)
         tape.register(_tensors(module), "parameters", layer)
         if scenario.ema == "device":
@@ -115,7 +122,6 @@ class _Trainer:
         model = skeleton.model
         if scenario.checkpointing != "off":
             self._checkpoint(model)
-        _truncate(skeleton, scenario)
         self._method = _stand_in(scenario, skeleton)
         model.forward = _as_accelerate_prepares(model.forward, scenario)
         if skeleton.reference is not None:
@@ -132,22 +138,6 @@ class _Trainer:
         count = batch["input_ids"].new_full((), tokens)
         result: torch.Tensor = self._method.compute_loss(self._skeleton.model, batch, num_items_in_batch=count)
         return result
-
-
-def _truncate(skeleton: Skeleton, scenario: Scenario) -> None:
-    """A frozen prefix keeps nothing for backward, which ends above it."""
-    prefix = list(skeleton.layers)[: scenario.frozen_layers]
-    for layer in prefix:
-        for module in layer.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = False  # type: ignore[assignment]
-        layer.forward = torch.no_grad()(layer.forward)
-    if prefix and scenario.checkpointing == "reentrant":
-
-        def needs_gradient(_module: Any, _inputs: Any, output: Any) -> None:
-            (output[0] if isinstance(output, tuple) else output).requires_grad_()
-
-        prefix[-1].register_forward_hook(needs_gradient)
 
 
 def _as_accelerate_prepares(forward: Any, scenario: Scenario) -> Any:
@@ -206,6 +196,12 @@ def _stand_in(scenario: Scenario, skeleton: Skeleton) -> Any:
     enabled = hasattr(text_config, "output_router_logits") and coefficient != 0.0
     if scenario.trainer != "plain" and enabled:
         text_config.output_router_logits = True
+    if scenario.prefix_cache and getattr(text_config, "output_router_logits", False):
+        raise ConflictError(
+            "prefix_cache=True skips the frozen layers, and the auxiliary loss of this mixture's routers is taken over "
+            "all of them. Switch it off (a preset with router_aux_loss_coef=0.0, config.output_router_logits=False), "
+            "or train without the cache."
+        )
     trainer.router_aux_loss_coef, trainer.aux_loss_enabled = coefficient, enabled
     if scenario.trainer == "dpo":
         losses = args.loss_type if isinstance(args.loss_type, (list, tuple)) else [args.loss_type]

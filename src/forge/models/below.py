@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..models.layers import decoder_layers_path, named_base_modules, unwrap
-from ..models.truncation import Reached, Truncation, parameters_behind
+from .layers import decoder_layers_path, named_base_modules, unwrap
+from .truncation import Reached, Truncation, parameters_behind
 
 if TYPE_CHECKING:
     from torch import nn
