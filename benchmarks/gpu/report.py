@@ -1,4 +1,4 @@
-"""Rows of the GPU matrix -> Markdown: each preset beside TRL's defaults, callbacks, and memory (memory_report.py)."""
+"""Rows of the GPU matrix -> Markdown: presets beside TRL's defaults, callbacks, freezing, memory (memory_report.py)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def render(rows: Sequence[Row]) -> str:
     if not rows:
         return "No rows yet: run `make gpu` on a machine with a CUDA device."
     parts = ["# GPU matrix", *sorted({_provenance(row) for row in rows}), *_presets(rows), *_callbacks(rows)]
+    parts += _freezing(rows)
     parts += memory_report.parts(rows)
     if failed := [row for row in rows if row["status"] not in ("ok", "oom")]:
         parts.append("## Failed\n\n" + "\n".join(f"- `{r['key']}`: {r['status']}: {r['error'][:300]}" for r in failed))
@@ -76,6 +77,24 @@ def _callbacks(rows: Iterable[Row]) -> list[str]:
             updates.append(_line([*cells, found["shadow"], found["after_3000"]]))
     parts = ["## Callbacks: their share of a LoRA step\n\n" + "\n".join(steps)] if len(steps) > 2 else []
     return parts + (["## One update of an average\n\n" + "\n".join(updates)] if len(updates) > 2 else [])
+
+
+def _freezing(rows: Iterable[Row]) -> list[str]:
+    """What a step costs with layers frozen; empty without such rows."""
+    head = ["model", "rows x tokens", "variant", "step, s", "of all layers", "expected", "tokens/s", "allocated, GiB"]
+    head += ["reserved, GiB", "process, GiB", "reading the cache"]
+    lines = [_line(head), _line(["---"] * 3 + ["---:"] * (len(head) - 3))]
+    for row in rows:
+        s = row["settings"]
+        if s.get("group") != "freezing" or row["status"] != "ok":
+            continue
+        for name, found in row["result"]["variants"].items():
+            cells = [s["model"], f"{s['micro_batch']} x {s['length']}", name, f"{found['step_s']:.4g}"]
+            cells += [f"{found['of_all']['median']:.3f}", f"{found['expected']:.3f}", f"{found['tokens_per_s']:,.0f}"]
+            peaks = (found[peak] for peak in ("max_allocated_gb", "max_reserved_gb", "nvml_process_gb"))
+            cells += ["n/a" if peak is None else f"{peak:.2f}" for peak in peaks]
+            lines.append(_line([*cells, f"{found['read']:.2%}" if "read" in found else ""]))
+    return ["## Freezing: a step's share of the all-layer step\n\n" + "\n".join(lines)] if len(lines) > 2 else []
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -158,6 +158,16 @@ def test_what_was_learnt_above_stays():
     assert truncated_layers(model) == 0
 
 
+def test_the_users_config_stays_as_it_is():
+    """It may be given to another model next, whose frozen layers are others."""
+    config = lora()
+    model = peft.get_peft_model(text_model(layers=LAYERS), config)
+    setup_lp_lora_style(model, 0.5)
+    assert config.exclude_modules is None
+    second = peft.get_peft_model(text_model(layers=LAYERS), config)
+    assert sum("lora_A" in name for name, _ in second.named_parameters()) == 28
+
+
 def test_the_counts():
     model = adapted()
     all_adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -90,7 +90,7 @@ def step_costs(model: nn.Module, sequence_length: int, *, as_adapted: bool = Fal
 
     def cost(frozen: int) -> tuple[float, float, float]:
         """Forward and backward, what is recomputed of it, and what a cache spares."""
-        kept = [position for position in trained if not frozen or (position[0] >= frozen and position != tied_head)]
+        kept = [position for position in trained if not frozen or position[0] >= frozen]
         lowest = (frozen, -1) if as_adapted else min(kept, default=(depth + 2, 0))
         forward = sum(part.weights for part in parts)
         backward = sum(

@@ -63,7 +63,7 @@ def probe(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Probed:
     """
     _refuse_other_objects(model)
     layers: list[Any] = list(decoder_layers(model))
-    with _random_numbers_kept():  # a loader draws some when it begins
+    with _random_numbers_kept(model):  # a loader draws some when it begins
         ready = _read(batches)
         trains = tuple(_can_train(model) and any(p.requires_grad for p in layer.parameters()) for layer in layers)
         found = [_measure(model, layers, batch, index, backward=any(trains)) for index, batch in enumerate(ready)]
@@ -236,10 +236,11 @@ def _precision(model: nn.Module) -> tuple[torch.dtype | None, float]:
 
 
 @contextmanager
-def _random_numbers_kept() -> Iterator[None]:
-    device_type = accelerator.type if (accelerator := torch.accelerator.current_accelerator()) else "cuda"
-    devices = range(torch.accelerator.device_count())
-    with torch.random.fork_rng(devices=list(devices), device_type=device_type):
+def _random_numbers_kept(model: nn.Module) -> Iterator[None]:
+    """The CPU's, and those of the devices that the model is on."""
+    devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
+    kind = next((device.type for device in devices), "cuda")
+    with torch.random.fork_rng(devices=list(devices), device_type=kind):
         yield
 
 
