@@ -47,11 +47,14 @@ class Truncation:
     Args:
         model: for naming its parameters in errors.
         depth: how many layers lie below the boundary.
+
+    `shortcut` is asked by the layers where it is set; `on_restore` is called before the layers are given back.
     """
 
     def __init__(self, model: nn.Module | None, depth: int) -> None:
         self.depth = depth
         self.shortcut: Shortcut | None = None
+        self.on_restore: Callable[[], None] | None = None
         self.probe: list[Tensor] | None = None
         self._model = weakref.ref(model) if model is not None else None
 
@@ -230,6 +233,9 @@ def _exchange(module: Any, kind: str, truncation: Truncation, index: int) -> Non
 
 def restore(model: nn.Module) -> None:
     """Give the layers their own class back; does nothing where `truncate` was not called."""
+    truncation = truncation_of(model)
+    if truncation is not None and truncation.on_restore is not None:
+        truncation.on_restore()
     modules: list[Any] = list(model.modules())
     for module in modules:
         if isinstance(module, _Truncated):

@@ -327,6 +327,34 @@ def test_another_boundary_is_another_key(tmp_path):
     with_one.detach()
 
 
+def test_freezing_anew_detaches_it(tmp_path):
+    made = make("plain", tmp_path)
+    cache = PrefixCache(tmp_path / "cache").attach(made)
+    made.evaluate(made.train_dataset)
+    setup_lp_lora_style(made.model, 0.25)
+    assert repr(cache).endswith("not attached)")
+    misses = cache.misses
+    made.evaluate(made.train_dataset)
+    assert cache.misses == misses
+    cache.attach(made).detach()
+
+
+def test_weights_of_another_dtype_are_other_keys(tmp_path):
+    """As with bf16_full_eval, for which the Trainer casts the model in place."""
+    made = make("plain", tmp_path)
+    cache = PrefixCache(tmp_path / "cache").attach(made)
+    ids = torch.randint(3, 200, (2, 9))
+    model = made.model.eval()
+    for _ in range(3):
+        model(input_ids=ids)
+    model.to(torch.bfloat16)
+    served = [model(input_ids=ids).logits for _ in range(3)]
+    cache.detach()
+    for logits in served:
+        assert logits.dtype == torch.bfloat16
+        torch.testing.assert_close(logits, model(input_ids=ids).logits)
+
+
 def test_generation_is_left_alone(tmp_path):
     made = make("plain", tmp_path)
     model = made.model.eval()
@@ -450,6 +478,8 @@ def test_attached_twice(tmp_path):
     cache = PrefixCache(tmp_path / "cache").attach(made)
     with pytest.raises(ForgeError, match="attached already"):
         cache.attach(made)
+    with pytest.raises(ForgeError, match="has a PrefixCache already"):
+        PrefixCache(tmp_path / "other").attach(made)
     cache.detach()
     cache.detach()
     cache.attach(made).detach()

@@ -18,7 +18,7 @@ from ...models.truncation import Truncation, truncation_of
 from .callback import CacheWatch
 from .fingerprint import Unchanged, dropout_below, fingerprint
 from .samples import find_samples
-from .serving import Serving
+from .serving import Idle, Serving
 from .size import CacheSize, size_of
 from .store import StateStore
 
@@ -128,20 +128,23 @@ class PrefixCache:
             ConflictError: no layer is frozen, there is dropout below the boundary, or a router's auxiliary loss looks
                 at the frozen layers.
             UnsupportedError: a model or a run that it cannot serve: images, torch.compile, sharded weights.
-            ForgeError: it is attached already, or the folder cannot be written to.
+            ForgeError: it is attached already, the model has another one, or the folder cannot be written to.
         """
         model: Any = trainer.model
         if self._model is not None:
-            raise ForgeError("This PrefixCache is attached already: detach() it first, or make another.")
+            raise ForgeError("This PrefixCache is attached already: detach() it first.")
         truncation = truncation_of(model)
         if truncation is None or truncation.depth == 0:
             raise ConflictError(
                 "No layer of the trainer's model is frozen, so there is nothing to cache. Call "
                 "setup_lp_lora_style(trainer.model, freeze_ratio=0.5) first."
             )
+        if truncation.shortcut is not None:
+            raise ForgeError("The model has a PrefixCache already: detach() that one first.")
         _refuse(trainer, model, truncation.depth)
         self.path.mkdir(parents=True, exist_ok=True)
         self._model, self._truncation = model, truncation
+        truncation.shortcut, truncation.on_restore = Idle(), self.detach
         self.renew()
         base: Any = unwrap(model)
         decoder = base.get_submodule(decoder_layers_path(base).rpartition(".")[0])
@@ -162,7 +165,7 @@ class PrefixCache:
             self._watch.offload.come_back()
             self._trainer.remove_callback(self._watch)
         if self._truncation is not None:
-            self._truncation.shortcut = None
+            self._truncation.shortcut = self._truncation.on_restore = None
         for each in self._serving.values():
             if each.store is not None:
                 each.store.close()
@@ -220,7 +223,7 @@ class PrefixCache:
     def _before(self, decoder: Any, args: Any, kwargs: Any) -> Any:
         """The decoder is called: look up what is in the batch."""
         assert self._truncation is not None
-        self._truncation.shortcut = None
+        self._truncation.shortcut = Idle()
         if _looks_inside(decoder, kwargs):
             return None
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -249,7 +252,7 @@ class PrefixCache:
         """The decoder is done: the first time, hold a pass without the layers below against this one."""
         assert self._truncation is not None
         serving: Any = self._truncation.shortcut
-        if serving is None:
+        if isinstance(serving, Idle):
             return
         samples = serving.samples
         serving.end()

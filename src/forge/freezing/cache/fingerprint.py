@@ -59,7 +59,7 @@ class Unchanged:
     """Whether the weights below the boundary are still those of the last fingerprint, as far as torch counts changes.
 
     Each in-place operation raises a tensor's version; those on `.data` do not, so a fingerprint is taken anew at the
-    beginning of each training too.
+    beginning of each training too. (`model.to(dtype)`, as for evaluation in 16 bits, shows by the dtype.)
     """
 
     def __init__(self, model: nn.Module, depth: int) -> None:
@@ -69,8 +69,8 @@ class Unchanged:
     def __bool__(self) -> bool:
         return self._versions == self._read()
 
-    def _read(self) -> list[int]:
-        return [tensor._version for tensor in self._tensors]
+    def _read(self) -> list[Any]:
+        return [(tensor._version, tensor.dtype) for tensor in self._tensors]
 
 
 def _tensors(model: nn.Module, depth: int) -> Iterator[tuple[str, Tensor]]:

@@ -39,6 +39,21 @@ class Pass:
     rows: Rows | None = None
 
 
+class Idle:
+    """A cache that stands aside: nothing is stored and nothing read."""
+
+    served = 0.0
+
+    def below(self, index: int, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The layer runs."""
+        del index
+        return run(*args, **kwargs)
+
+    def at_boundary(self, hidden_states: Tensor) -> Tensor:
+        """What comes is what goes."""
+        return hidden_states
+
+
 class Serving:
     """What the layers of a truncated model ask: a `Shortcut` (models/truncation.py).
 
