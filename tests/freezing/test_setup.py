@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -350,3 +351,69 @@ def test_a_report_is_a_value():
     assert isinstance(report, FreezeReport)
     assert report.exclude_modules == r"(.*\.)?model\.layers\.(0|1)\..*"
     assert "undo" not in repr(report)
+
+
+def test_a_search_on_one_base_begins_each_trial_anew(tmp_path):
+    """Unloaded, and given another adapter: nothing of the first comes back with the second freezing."""
+    base = text_model(layers=LAYERS)
+    first = peft.get_peft_model(base, lora(r=4, lora_alpha=64))
+    setup_lp_lora_style(first, 0.75)
+    base = first.unload()
+    second = peft.get_peft_model(base, lora(r=8, lora_alpha=4, target_modules=["q_proj"]))
+    setup_lp_lora_style(second, 0.25)
+    assert second.peft_config["default"].lora_alpha == 4
+    adapted = [name for name, _ in second.named_parameters() if "lora_A" in name]
+    assert len(adapted) == 3
+    assert all("q_proj" in name for name in adapted)
+    for name, parameter in second.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    second.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(text_model(layers=LAYERS), tmp_path / "adapter")
+    ids = torch.randint(3, 200, (2, 9))
+    torch.testing.assert_close(again.eval()(ids).logits, second.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+def test_undone_after_the_adapters_are_gone(how):
+    model = adapted()
+    report = setup_lp_lora_style(model, 0.5)
+    plain = getattr(model, how)()
+    unfreeze(plain)
+    report.undo()
+    assert not any("lora" in name or "base_layer" in name for name, _ in plain.named_modules())
+    assert truncated_layers(plain) == 0
+
+
+def test_a_little_training_is_training():
+    model = peft.get_peft_model(
+        text_model(layers=LAYERS),
+        peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    )
+    for name, parameter in model.named_parameters():
+        if "ia3_l" in name and ".layers.0." in name:
+            parameter.data += 0.004
+    with pytest.raises(ConflictError, match="is not as it begins"):
+        setup_lp_lora_style(model, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "frozen"),
+    [
+        ({"freeze_ratio": np.float32(0.5)}, (0, 1)),
+        ({"frozen_layers": np.int64(3)}, (0, 1, 2)),
+        ({"frozen_layers": np.arange(2)}, (0, 1)),
+    ],
+)
+def test_numbers_of_numpy(arguments, frozen):
+    assert setup_lp_lora_style(adapted(), **arguments).frozen_layers == frozen
+
+
+def test_a_classifiers_head_is_no_tower():
+    config = text_model(layers=LAYERS).config
+    config.num_labels, config.pad_token_id = 2, 0
+    model = transformers.LlamaForSequenceClassification(config)
+    setup_lp_lora_style(model, 0.5)
+    ids = torch.randint(3, 200, (2, 9))
+    model.train()(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
+    assert model.score.weight.grad is not None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 from ..errors import ConflictError, ForgeError
 from ..models.truncation import layers_in_ratio
@@ -27,20 +29,21 @@ def select_layers(
     """
     if frozen_layers is None:
         ratio = 0.5 if freeze_ratio is None else freeze_ratio
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        if not _is_number(ratio, Real) or not 0 <= ratio < 1:
             raise ForgeError(
                 f"freeze_ratio={ratio!r}: it must be at least 0 and less than 1. Of {num_layers} layers, "
                 f"freeze_ratio=0.5 freezes {num_layers // 2}; frozen_layers={num_layers // 2} says the same by number."
             )
-        return tuple(range(layers_in_ratio(ratio, num_layers)))
+        return tuple(range(layers_in_ratio(float(ratio), num_layers)))
     if freeze_ratio is not None:
         raise ConflictError("freeze_ratio and frozen_layers say the same thing twice: leave one of them out.")
-    if isinstance(frozen_layers, int) and not isinstance(frozen_layers, bool):
-        if not 0 <= frozen_layers < num_layers:
+    if _is_number(frozen_layers, Integral):
+        count = operator.index(frozen_layers)  # type: ignore[arg-type]
+        if not 0 <= count < num_layers:
             raise ForgeError(
                 f"frozen_layers={frozen_layers}: it must be at least 0 and less than the model's {num_layers} layers."
             )
-        return tuple(range(frozen_layers))
+        return tuple(range(count))
     return _from_list(num_layers, frozen_layers)
 
 
@@ -52,12 +55,17 @@ def _from_list(num_layers: int, chosen: object) -> tuple[int, ...]:
         )
     indices = set()
     for index in chosen:
-        if not isinstance(index, int) or isinstance(index, bool) or not -num_layers <= index < num_layers:
+        if not _is_number(index, Integral) or not -num_layers <= index < num_layers:
             raise ForgeError(
                 f"frozen_layers holds {index!r}: the model's {num_layers} layers have the indices 0 to "
                 f"{num_layers - 1} (or -{num_layers} to -1, from the top)."
             )
-        indices.add(index % num_layers)
+        indices.add(int(index) % num_layers)
     if len(indices) == num_layers:
         raise ForgeError(f"frozen_layers names all {num_layers} layers: nothing of them would train. Leave one out.")
     return tuple(sorted(indices))
+
+
+def _is_number(value: object, kind: type) -> bool:
+    """NumPy's numbers count; truth values do not."""
+    return isinstance(value, kind) and not isinstance(value, bool)

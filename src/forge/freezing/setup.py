@@ -58,7 +58,7 @@ def setup_lp_lora_style(
     >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **tiny))
     >>> report = setup_lp_lora_style(model, freeze_ratio=0.5)
     >>> print(report)
-    2 of 4 decoder layers frozen (0-1); backward stops below layer 2; 1,176 parameters train, 1,040 were frozen
+    2 of 4 decoder layers frozen (0-1); backward stops below layer 2; 1,064 parameters train, 1,056 were frozen
     >>> report.undo()
     >>> all(parameter.requires_grad for parameter in model.parameters())
     True
@@ -80,10 +80,10 @@ def setup_lp_lora_style(
     """
     _refuse_other_objects(model)
     chosen = select_layers(len(decoder_layers(model)), freeze_ratio, frozen_layers)
-    if freeze_ratio and not chosen:
+    if not chosen and freeze_ratio != 0 and frozen_layers is None:
         warnings.warn(
-            f"freeze_ratio={freeze_ratio} of {len(decoder_layers(model))} layers is less than one: none is frozen. "
-            "Choose a larger share.",
+            f"freeze_ratio={0.5 if freeze_ratio is None else freeze_ratio} of {len(decoder_layers(model))} layers is "
+            "less than one: none is frozen. Choose a larger share, or 0 if that is meant.",
             ForgeWarning,
             stacklevel=2,
         )
@@ -122,7 +122,8 @@ def unfreeze(model: PreTrainedModel | PeftModel) -> None:
     """Give a model back as it was before `setup_lp_lora_style`; the same as the report's `undo()`.
 
     What was learnt since stays. Where adapters were attached after the freezing, the base weights stay frozen: PEFT did
-    that, and not forge. A model in which nothing was frozen is left as it is.
+    that, and not forge. Adapters that were merged or unloaded meanwhile do not come back. A model in which nothing was
+    frozen is left as it is. Not while it trains: the optimizer does not know what comes back.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> tiny = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 16}
@@ -149,7 +150,8 @@ def unfreeze(model: PreTrainedModel | PeftModel) -> None:
         return
     parameters = dict(base.named_parameters())
     for name in freezing.switched_off:
-        parameters[name].requires_grad_(True)
+        if name in parameters:
+            parameters[name].requires_grad_(True)
 
 
 def _freeze(model: Any, freezing: _Freezing, chosen: Sequence[int], *, freeze_embeddings: bool) -> tuple[str, ...]:

@@ -98,7 +98,7 @@ def _without_freezing(run: Described) -> Described:
     dtypes = [p.dtype for p in base.parameters() if p.is_floating_point()]
     adapters = getattr(run.source, "peft_config", None)
     if adapters and record is not None:  # without what keeps adapters out of the frozen layers
-        adapters = adapters | record.adapters.configs
+        adapters = {name: record.adapters.config_before(name, config) for name, config in adapters.items()}
     scenario = replace(
         run.scenario,
         dtype=str(max(set(dtypes), key=dtypes.count)).removeprefix("torch."),

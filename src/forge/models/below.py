@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from .layers import decoder_layers_path, named_base_modules, unwrap
 from .truncation import Reached, Truncation, parameters_behind
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def trained_embeddings(model: nn.Module, truncation: Truncation) -> dict[str, nn.Parameter]:
@@ -54,6 +52,7 @@ def modules_beside(model: nn.Module) -> dict[str, nn.Module]:
         parent = ".".join(decoder_path[:depth])
         for name, child in modules[parent].named_children():
             path = f"{parent}.{name}" if parent else name
-            if name != decoder_path[depth] and child is not head and any(True for _ in child.parameters()):
+            is_head = child is head or (depth == 0 and type(child) is nn.Linear)  # of a classifier, it is not named
+            if name != decoder_path[depth] and not is_head and any(True for _ in child.parameters()):
                 beside[path] = child
     return beside

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import peft
@@ -168,7 +169,7 @@ def test_accumulation_evaluation_and_resuming(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert_same_run(resumed, without)
     assert cache.misses == 0
-    assert runs.lowest == 1
+    assert runs.lowest == 2  # what is read is held against the layers once in training, and once in evaluation
     cache.detach()
 
 
@@ -190,7 +191,8 @@ def test_bf16_autocast(tmp_path, kind):
     made = make(kind, tmp_path, bf16=True)
     cache = PrefixCache(tmp_path / "cache").attach(made)
     made.train()
-    assert losses(made) == pytest.approx(losses(without), rel=1e-2)
+    # The states are stored as they were computed; batches of other lengths round otherwise.
+    assert losses(made) == pytest.approx(losses(without), abs=2e-4)
     assert cache.hits > 0
     cache.detach()
 
@@ -201,7 +203,7 @@ def test_states_in_fewer_bits(tmp_path):
     made = make("sft", tmp_path)
     cache = PrefixCache(tmp_path / "cache", dtype=torch.bfloat16).attach(made)
     made.train()
-    assert losses(made) == pytest.approx(losses(without), rel=1e-2)
+    assert losses(made) == pytest.approx(losses(without), abs=2e-4)
     assert losses(made) != losses(without)
     half = cache.nbytes
     cache.detach()
@@ -286,17 +288,21 @@ def test_only_the_rows_that_are_missing_are_run(tmp_path):
     ids = torch.randint(3, 200, (4, 9))
     mask = torch.ones_like(ids)
     mask[3, 5:] = 0
-    expected = model(input_ids=ids, attention_mask=mask).logits  # nothing is stored yet: two rows are, now
+    expected = model(
+        input_ids=ids, attention_mask=mask, use_cache=False
+    ).logits  # nothing is stored yet: two rows are, now
     cache.clear()
-    model(input_ids=ids[1:3], attention_mask=mask[1:3])
-    model(input_ids=ids[1:3], attention_mask=mask[1:3])
+    model(input_ids=ids[1:3], attention_mask=mask[1:3], use_cache=False)
+    model(input_ids=ids[1:3], attention_mask=mask[1:3], use_cache=False)
     sizes.clear()
-    found = model(input_ids=ids, attention_mask=mask).logits
+    found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     assert sizes == [2]
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()])
     assert truncation_of(model).shortcut.served == pytest.approx(18 / 32)
     sizes.clear()
-    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()])
+    torch.testing.assert_close(
+        model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()], expected[mask.bool()]
+    )
     assert sizes == []
     cache.detach()
 
@@ -307,12 +313,12 @@ def test_other_weights_are_other_keys(tmp_path):
     ids = torch.randint(3, 200, (2, 9))
     model = made.model.eval()
     for _ in range(3):
-        model(input_ids=ids)
+        model(input_ids=ids, use_cache=False)
     with torch.no_grad():
         unwrap(model).model.layers[1].mlp.up_proj.weight[0, 0] += 1
-    served = model(input_ids=ids).logits
+    served = model(input_ids=ids, use_cache=False).logits
     cache.detach()
-    torch.testing.assert_close(served, model(input_ids=ids).logits)
+    torch.testing.assert_close(served, model(input_ids=ids, use_cache=False).logits)
 
 
 def test_another_boundary_is_another_key(tmp_path):
@@ -331,7 +337,8 @@ def test_freezing_anew_detaches_it(tmp_path):
     made = make("plain", tmp_path)
     cache = PrefixCache(tmp_path / "cache").attach(made)
     made.evaluate(made.train_dataset)
-    setup_lp_lora_style(made.model, 0.25)
+    with pytest.warns(ForgeWarning, match="The PrefixCache was detached"):
+        setup_lp_lora_style(made.model, 0.25)
     assert repr(cache).endswith("not attached)")
     misses = cache.misses
     made.evaluate(made.train_dataset)
@@ -346,13 +353,13 @@ def test_weights_of_another_dtype_are_other_keys(tmp_path):
     ids = torch.randint(3, 200, (2, 9))
     model = made.model.eval()
     for _ in range(3):
-        model(input_ids=ids)
+        model(input_ids=ids, use_cache=False)
     model.to(torch.bfloat16)
-    served = [model(input_ids=ids).logits for _ in range(3)]
+    served = [model(input_ids=ids, use_cache=False).logits for _ in range(3)]
     cache.detach()
     for logits in served:
         assert logits.dtype == torch.bfloat16
-        torch.testing.assert_close(logits, model(input_ids=ids).logits)
+        torch.testing.assert_close(logits, model(input_ids=ids, use_cache=False).logits)
 
 
 def test_generation_is_left_alone(tmp_path):
@@ -362,7 +369,7 @@ def test_generation_is_left_alone(tmp_path):
     expected = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
     cache = PrefixCache(tmp_path / "cache").attach(made)
     for _ in range(3):
-        model(input_ids=ids)
+        model(input_ids=ids, use_cache=False)
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False), expected)
     states = model(input_ids=ids, output_hidden_states=True).hidden_states
     assert not torch.equal(states[0], states[2])
@@ -375,11 +382,11 @@ def test_a_wrong_state_is_found_before_it_is_used(tmp_path):
     cache = PrefixCache(tmp_path / "cache").attach(made)
     model = made.model.eval()
     ids = torch.randint(3, 200, (2, 9))
-    model(input_ids=ids)
+    model(input_ids=ids, use_cache=False)
     weight = unwrap(model).model.layers[1].mlp.down_proj.weight
     weight.data.mul_(3)  # .data leaves no trace that torch would count
     with pytest.raises(ConflictError, match="off what the frozen layers compute"):
-        model(input_ids=ids)
+        model(input_ids=ids, use_cache=False)
     cache.detach()
 
 
@@ -559,4 +566,215 @@ def test_it_says_what_it_is(tmp_path):
     assert repr(cache) == "PrefixCache(max_gb=2, not attached)"
     cache.attach(made)
     assert repr(cache).startswith("PrefixCache(0 samples, 0.00 of 2 GiB")
+    cache.detach()
+
+
+def test_a_copy_of_the_model_has_no_cache(tmp_path):
+    made = make("plain", tmp_path)
+    cache = PrefixCache(tmp_path / "cache").attach(made)
+    made.train()
+    ids = torch.randint(3, 200, (2, 9))
+    again = copy.deepcopy(made.model).eval()
+    hits = cache.hits
+    torch.testing.assert_close(again(input_ids=ids).logits, made.model.eval()(input_ids=ids).logits)
+    assert (cache.hits, truncation_of(again).shortcut) == (hits, None)
+    cache.detach()
+
+
+def test_adapters_below_the_boundary_are_refused(tmp_path):
+    """Frozen ones too: their output is in no key."""
+    other = peft.get_peft_model(text_model(layers=LAYERS), lora(init_lora_weights=False))
+    other.save_pretrained(tmp_path / "other")
+    made = make("plain", tmp_path)
+    cache = PrefixCache(tmp_path / "cache").attach(made)
+    made.train()
+    made.model.load_adapter(tmp_path / "other", "other")
+    made.model.set_adapter("other", inference_mode=True)
+    with pytest.raises(ConflictError, match="A frozen layer has got an adapter"):
+        made.model.eval()(input_ids=torch.randint(3, 200, (2, 9)), use_cache=False)
+    cache.detach()
+
+
+def test_states_that_float16_cannot_hold(tmp_path):
+    made = make("sft", tmp_path)
+    unwrap(made.model).model.layers[1].mlp.down_proj.weight.data.mul_(1e8)
+    cache = PrefixCache(tmp_path / "cache", dtype=torch.float16).attach(made)
+    with pytest.raises(ConflictError, match=r"Hidden states reach .*float16 ends at 6\.55e\+04"):
+        made.train()
+    cache.detach()
+
+
+def test_padding_with_labels_is_refused(tmp_path):
+    from support.data import lm_tokens
+
+    rows = lm_tokens(8).map(lambda row: {"labels": row["input_ids"]})
+    made = make("plain", tmp_path, trainer_options={"train_dataset": rows})
+    cache = PrefixCache(tmp_path / "cache").attach(made)
+    with pytest.raises(ConflictError, match="Padding carries labels"):
+        made.train()
+    cache.detach()
+
+
+def test_what_was_refused_is_refused_again(tmp_path):
+    """Whoever runs the cell a second time must not train on what the first found wrong."""
+    made = make("plain", tmp_path)
+    model = made.model
+    noise = lambda _, args, out: out + torch.randn_like(out) * (0.1 if model.training else 0)  # noqa: E731
+    unwrap(model).model.embed_tokens.register_forward_hook(noise)
+    cache = PrefixCache(tmp_path / "cache").attach(made)
+    made.evaluate(made.train_dataset)
+    for _ in range(2):
+        with pytest.raises(ConflictError, match="off what the frozen layers compute"):
+            made.train()
+    cache.detach()
+
+
+def test_layers_that_leak_are_refused_again(tmp_path):
+    made = make("plain", tmp_path)
+    layers = decoder_layers(made.model)
+    leak = {}
+    layers[0].mlp.register_forward_hook(lambda _, args, out: leak.update(states=out))
+    layers[3].register_forward_pre_hook(
+        lambda _, args: (args[0] + 0.05 * leak.pop("states", torch.zeros_like(args[0])), *args[1:])
+    )
+    cache = PrefixCache(tmp_path / "cache", max_gb=3_000 / 2**30).attach(made)
+    for _ in range(2):
+        with pytest.raises(UnsupportedError, match="read more of those below"), pytest.warns(match="cache is full"):
+            made.train()
+        cache._warned = False
+    cache.detach()
+
+
+def test_dropout_above_the_boundary_does_not_disturb_the_proof(tmp_path):
+    made = make("plain", tmp_path, adapter=lora(target_modules=["q_proj"], lora_dropout=0.5))
+    for name, parameter in made.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    cache = PrefixCache(tmp_path / "cache").attach(made)
+    made.train()
+    assert cache.hits > 0
+    cache.detach()
+
+
+def test_another_trainer_is_not_served(tmp_path):
+    """Nobody asked whether its run may be: noise on the embeddings, say, comes with it."""
+    first = make("plain", tmp_path)
+    cache = PrefixCache(tmp_path / "cache").attach(first)
+    first.train()
+    counted = cache.hits, cache.misses
+    second = trainer("plain", tmp_path, first.model, max_steps=2)
+    second.train()
+    assert (cache.hits, cache.misses) == counted
+    cache.detach()
+
+
+def test_keys_and_values_are_there_for_those_who_want_them(tmp_path):
+    made = make("plain", tmp_path)
+    cache = PrefixCache(tmp_path / "cache").attach(made)
+    made.train()
+    model, ids = made.model.eval(), torch.randint(3, 200, (1, 9))
+    model.config.use_cache = True  # the Trainer has switched it off
+    expected = model(input_ids=ids).logits[:, -1]
+    begun = model(input_ids=ids[:, :-1])
+    found = model(input_ids=ids[:, -1:], past_key_values=begun.past_key_values).logits[:, -1]
+    torch.testing.assert_close(found, expected)
+    cache.detach()
+
+
+def test_code_that_checkpoints_around_the_layers_is_refused(tmp_path):
+    from torch.utils.checkpoint import checkpoint
+
+    made = make("plain", tmp_path)
+    layers = decoder_layers(made.model)
+    boundary = layers[2]
+
+    class Around(torch.nn.Module):
+        def forward(self, hidden, **kwargs):
+            return checkpoint(boundary, hidden, use_reentrant=False, **kwargs) if self.training else boundary(hidden)
+
+    cache = PrefixCache(tmp_path / "cache").attach(made)
+    layers[2] = Around()
+    layers[2].train()
+    with pytest.raises(UnsupportedError, match="checkpoints around the call"):
+        made.train()
+    layers[2] = boundary
+    cache.detach()
+
+
+def test_the_count_goes_on_when_the_weights_change(tmp_path):
+    made = make("plain", tmp_path)
+    cache = PrefixCache(tmp_path / "cache").attach(made)
+    made.train()
+    hits, misses = cache.hits, cache.misses
+    assert hits + misses == 24
+    with torch.no_grad():
+        unwrap(made.model).model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    made.train()
+    assert cache.hits + cache.misses == 48
+    assert cache.misses > misses
+    assert all(0 <= e.get("prefix_cache_hit_share", 0) <= 1 for e in made.state.log_history)
+    cache.detach()
+
+
+def test_clear_deletes_what_earlier_runs_stored(tmp_path):
+    made = make("plain", tmp_path)
+    cache = PrefixCache(tmp_path / "cache").attach(made)
+    made.train()
+    cache.detach()
+    cache = PrefixCache(tmp_path / "cache").attach(made)
+    cache.clear()
+    assert list((tmp_path / "cache").iterdir()) == []
+    made.train()
+    assert cache.misses > 0
+    cache.detach()
+
+
+def test_a_batch_of_padding(tmp_path):
+    made = make("plain", tmp_path)
+    cache = PrefixCache(tmp_path / "cache").attach(made)
+    model, ids = made.model.eval(), torch.randint(3, 200, (2, 9))
+    for mask in (torch.ones_like(ids), torch.zeros_like(ids), torch.ones_like(ids)):
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    cache.detach()
+
+
+def test_what_longrope_makes_of_the_longest_row_is_in_the_key():
+    from types import SimpleNamespace
+
+    from forge.freezing.cache.calls import scaled_positions
+
+    def config(kind):
+        rope = {"rope_type": kind, "original_max_position_embeddings": 16}
+        return SimpleNamespace(rope_parameters=rope, max_position_embeddings=64)
+
+    assert scaled_positions(config("longrope"), 16) == scaled_positions(config("default"), 32) == b""
+    assert scaled_positions(config("longrope"), 17) == b"long"
+    with pytest.raises(UnsupportedError, match="Rows of 17 tokens are longer than 16"):
+        scaled_positions(config("dynamic"), 17)
+    real = text_model().config
+    assert scaled_positions(real, 10_000) == b""
+
+
+@pytest.mark.parametrize(("path", "message"), [(3, "path=3"), ("/proc/nope", "cannot be made")])
+def test_paths_that_are_none(tmp_path, path, message):
+    made = make("plain", tmp_path)
+    with pytest.raises(ForgeError, match=message):
+        PrefixCache(path).attach(made)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ForgeError, match="cannot be made"):
+        PrefixCache(tmp_path / "file").attach(made)
+    with pytest.raises(ForgeError, match="takes a Trainer"):
+        PrefixCache(tmp_path / "cache").attach(made.model)
+
+
+def test_offloaded_weights_come_back_for_whoever_needs_them(tmp_path):
+    made = make("sft", tmp_path)
+    cache = PrefixCache(tmp_path / "cache", offload_prefix=True).attach(made)
+    watch = next(c for c in made.callback_handler.callbacks if type(c).__name__ == "CacheWatch")
+    events = []
+    watch._offload = Offload(list(decoder_layers(made.model))[:2], lambda layer, device: events.append(str(device)))
+    watch._offload._home = torch.device("meta")
+    watch._offload.leave()
+    made.model.eval().generate(input_ids=torch.randint(3, 200, (1, 5)), max_new_tokens=2, do_sample=False)
+    assert events == ["cpu", "cpu", "meta", "meta"]
     cache.detach()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
+import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,22 +11,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...assets import cache_folder
+from ...compat import wrapped_by_adapter
 from ...errors import ConflictError, ForgeError, ForgeWarning, UnsupportedError
-from ...models.below import modules_beside
-from ...models.layers import decoder_layers, decoder_layers_path, text_attribute, unwrap
+from ...models.layers import decoder_layers, unwrap
 from ...models.truncation import Truncation, truncation_of
 from .callback import CacheWatch
-from .fingerprint import Unchanged, dropout_below, fingerprint
+from .calls import by_name, looks_inside, makes_kv_cache, on_host, refuse_labelled_padding, scaled_positions
+from .fingerprint import Unchanged, decoder_of, fingerprint
+from .proof import Proof
+from .refusals import refuse
 from .samples import find_samples
 from .serving import Idle, Serving
 from .size import CacheSize, size_of
 from .store import StateStore
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import Trainer
-
-logger = logging.getLogger(__name__)
 
 _GB = 2**30
 # How far a state may be from its stored twin: batches of other lengths are multiplied in another order.
@@ -71,8 +72,10 @@ class PrefixCache:
     ) -> None:
         if isinstance(max_gb, bool) or not isinstance(max_gb, (int, float)) or not 0 < max_gb < math.inf:
             raise ForgeError(f"max_gb={max_gb!r}: give the GiB that the cache may take on the disk, above 0.")
-        if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        if dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
             raise ForgeError(f"dtype={dtype!r}: give torch.bfloat16, torch.float16 or torch.float32, or None.")
+        if path is not None and not isinstance(path, (str, Path)):
+            raise ForgeError(f"path={path!r}: give a folder, or None for {cache_folder() / 'prefix'}.")
         self.path = cache_folder() / "prefix" if path is None else Path(path).expanduser()
         self.max_gb = max_gb
         self.dtype = dtype
@@ -85,9 +88,8 @@ class PrefixCache:
         self._handles: list[Any] = []
         self._fingerprint = ""
         self._unchanged: Unchanged | None = None
-        self._proven = False
-        self._proof: Any = None
-        self._random: Any = None
+        self._proof = Proof()
+        self._hits = self._misses = 0
         self._warned = False
 
     def __repr__(self) -> str:
@@ -107,13 +109,13 @@ class PrefixCache:
 
     @property
     def hits(self) -> int:
-        """How many samples were read instead of computed, since `attach`."""
-        return sum(each.hits for each in self._serving.values())
+        """How many samples were read instead of computed."""
+        return self._hits + sum(each.hits for each in self._serving.values())
 
     @property
     def misses(self) -> int:
-        """How many samples were computed, since `attach`."""
-        return sum(each.missed for each in self._serving.values())
+        """How many samples were computed."""
+        return self._misses + sum(each.missed for each in self._serving.values())
 
     def attach(self, trainer: Trainer) -> PrefixCache:
         """Let a trainer's model read its frozen layers from the cache, and fill it.
@@ -130,6 +132,8 @@ class PrefixCache:
             UnsupportedError: a model or a run that it cannot serve: images, torch.compile, sharded weights.
             ForgeError: it is attached already, the model has another one, or the folder cannot be written to.
         """
+        if not hasattr(trainer, "callback_handler"):
+            raise ForgeError(f"attach() takes a Trainer, not a {type(trainer).__name__}.")
         model: Any = trainer.model
         if self._model is not None:
             raise ForgeError("This PrefixCache is attached already: detach() it first.")
@@ -141,19 +145,21 @@ class PrefixCache:
             )
         if truncation.shortcut is not None:
             raise ForgeError("The model has a PrefixCache already: detach() that one first.")
-        _refuse(trainer, model, truncation.depth)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._model, self._truncation = model, truncation
-        truncation.shortcut, truncation.on_restore = Idle(), self.detach
-        self.renew()
-        base: Any = unwrap(model)
-        decoder = base.get_submodule(decoder_layers_path(base).rpartition(".")[0])
+        refuse(trainer, model, truncation.depth)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ForgeError(f"{self.path} cannot be made ({error.strerror}). Give the cache another path.") from error
+        self._model, self._truncation, self._trainer = model, truncation, trainer
+        truncation.shortcut, truncation.on_restore = Idle(), self._left
+        self._renew()
+        base, decoder = unwrap(model), decoder_of(model)
         self._handles = [
+            base.register_forward_pre_hook(refuse_labelled_padding, with_kwargs=True),
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
         self._watch = CacheWatch(self, list(decoder_layers(model))[: truncation.depth])
-        self._trainer = trainer
         trainer.callback_handler.callbacks.insert(0, self._watch)  # before the trackers, or they would not see its key
         return self
 
@@ -166,34 +172,22 @@ class PrefixCache:
             self._trainer.remove_callback(self._watch)
         if self._truncation is not None:
             self._truncation.shortcut = self._truncation.on_restore = None
-        for each in self._serving.values():
-            if each.store is not None:
-                each.store.close()
-        self._handles, self._model, self._truncation, self._trainer, self._serving = [], None, None, None, {}
+        self._close()
+        self._handles, self._model, self._truncation, self._trainer = [], None, None, None
+        self._fingerprint = ""
 
     def clear(self) -> None:
-        """Delete the files of the model that it is attached to."""
-        for each in self._serving.values():
-            if each.store is not None:
-                each.store.clear()
+        """Delete the files of the model that it is attached to, those of earlier runs too."""
+        found = self._fingerprint
+        self._close()
+        for folder in self.path.glob(f"{found}-*") if found else ():
+            shutil.rmtree(folder, ignore_errors=True)
 
     def flush(self) -> None:
         """Bring what was stored to the disk itself, where a loss of power does not reach it."""
         for each in self._serving.values():
             if each.store is not None:
                 each.store.flush()
-
-    def renew(self) -> None:
-        """Look at the weights below the boundary again: other weights, other files."""
-        assert self._model is not None
-        assert self._truncation is not None
-        found = fingerprint(self._model, self._truncation.depth)
-        self._unchanged = Unchanged(self._model, self._truncation.depth)
-        if found != self._fingerprint:
-            for each in self._serving.values():
-                if each.store is not None:
-                    each.store.close()
-            self._serving, self._fingerprint, self._proven = {}, found, False
 
     def estimate(self, model: nn.Module, dataset: Any) -> CacheSize:
         """What the cache of a dataset will take, before anything is computed.
@@ -210,54 +204,100 @@ class PrefixCache:
         """
         return size_of(model, dataset, path=self.path, max_gb=self.max_gb, dtype=self.dtype)
 
-    def forget_unstored(self) -> None:
+    def __reduce__(self) -> Any:
+        return _detached, (self.path, self.max_gb, self.dtype, self.offload_prefix)  # a copied model has no cache
+
+    def _renew(self) -> None:
+        """Look at the weights below the boundary again: other weights, other files; and everything is checked anew."""
+        assert self._model is not None
+        assert self._truncation is not None
+        layers = list(decoder_layers(self._model))[: self._truncation.depth]
+        if any(wrapped_by_adapter(module) is not None for layer in layers for module in layer.modules()):
+            raise ConflictError(
+                "A frozen layer has got an adapter, whose output a PrefixCache does not know. Load it with "
+                "exclude_modules=report.exclude_modules, or call setup_lp_lora_style and attach again, or detach()."
+            )
+        found = fingerprint(self._model, self._truncation.depth)
+        self._unchanged = Unchanged(self._model, self._truncation.depth)
+        if found != self._fingerprint:
+            self._close()
+        self._fingerprint, self._proof = found, Proof()
+        for each in self._serving.values():
+            each.checked.clear()
+
+    def _close(self) -> None:
+        """Close the files, and keep count."""
+        self._hits, self._misses = self.hits, self.misses
+        for each in self._serving.values():
+            if each.store is not None:
+                each.store.close()
+        self._serving = {}
+
+    def _left(self) -> None:
+        """The layers are given back while the cache stands for some of them."""
+        self.detach()
+        warnings.warn(
+            "The PrefixCache was detached: the layers that it stood for are not frozen any more, or frozen anew. "
+            "attach(trainer) again if you want it.",
+            ForgeWarning,
+            stacklevel=2,
+        )
+
+    def _forget_unstored(self) -> None:
         """Begin to count anew what found no room."""
         for each in self._serving.values():
             each.unstored = 0
 
     @property
-    def unstored(self) -> int:
+    def _unstored(self) -> int:
         """How many samples found no room, since this epoch began."""
         return sum(each.unstored for each in self._serving.values())
 
     def _before(self, decoder: Any, args: Any, kwargs: Any) -> Any:
         """The decoder is called: look up what is in the batch."""
-        assert self._truncation is not None
-        self._truncation.shortcut = Idle()
-        if _looks_inside(decoder, kwargs):
+        if self._truncation is None:  # this is a copy of the model
             return None
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        self._truncation.shortcut = Idle()
+        given = by_name(decoder, args, kwargs)
+        in_run = self._trainer.is_in_train
+        # Another trainer's training was never asked whether the cache may serve it; and outside of a run somebody may
+        # want the keys and values that attention would keep, also of the layers below.
+        if looks_inside(decoder, given) or not (
+            in_run or (not decoder.training and not makes_kv_cache(decoder, given))
+        ):
+            self._watch.offload.come_back()
+            return None
+        ids = given.get("input_ids")
         if ids is None:
             raise UnsupportedError(
                 "The decoder is called with embeddings in the place of token ids, by which a PrefixCache knows a "
                 "sample. Train without the cache: detach()."
             )
-        host = {name: _host(kwargs.get(name)) for name in ("attention_mask", "position_ids", "token_type_ids")}
-        samples = find_samples(ids.cpu(), **host)
-        if len({sample.row for sample in samples}) < len(samples) and _makes_kv_cache(decoder, kwargs):
+        host = {name: on_host(given.get(name), name) for name in ("attention_mask", "position_ids", "token_type_ids")}
+        samples = find_samples(ids.cpu(), **host, context=scaled_positions(decoder.config, ids.shape[1]))
+        if len({sample.row for sample in samples}) < len(samples) and makes_kv_cache(decoder, given):
             raise ConflictError(
                 "The rows of this batch are packed, and use_cache is on, with which attention lets a document see the "
                 "ones before it in its row. Set model.config.use_cache = False."
             )
         if not self._unchanged:
-            self.renew()
+            self._renew()
         serving = self._serving_for(ids.device)
-        serving.begin(samples, (ids.shape[0], ids.shape[1]), serve=self._proof is not None)
+        shape = (ids.shape[0], ids.shape[1])
+        serving.begin(samples, shape, training=decoder.training, serve=self._proof.running)
         self._truncation.shortcut = serving
-        if self._proof is None and not self._proven:
-            self._random = _random_state(ids.device)
+        self._proof.begin(ids.device)
         return args, kwargs | {"use_cache": False}
 
     def _after(self, decoder: Any, args: Any, kwargs: Any, output: Any) -> None:
         """The decoder is done: the first time, hold a pass without the layers below against this one."""
-        assert self._truncation is not None
-        serving: Any = self._truncation.shortcut
-        if isinstance(serving, Idle):
+        serving: Any = self._truncation.shortcut if self._truncation is not None else None
+        if not isinstance(serving, Serving):
             return
         samples = serving.samples
         serving.end()
         store = serving.store
-        if output is None or store is None or self._proof is not None:
+        if output is None or store is None or self._proof.running:
             return
         if store.full is not None and not self._warned:
             self._warned = True
@@ -267,32 +307,10 @@ class PrefixCache:
                 ForgeWarning,
                 stacklevel=2,
             )
-        if not self._proven and all(sample.key in store for sample in samples):
-            self._proven = True
-            self._prove(decoder, args, kwargs, output, samples)
-
-    def _prove(self, decoder: Any, args: Any, kwargs: Any, output: Any, samples: Any) -> None:
-        """Layers above may read more of those below than their output: keys and values that they share, say."""
-        self._proof = output[0]
-        device = output[0].device
-        devices = [device] if device.type == "cuda" else []
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")  # and none should
-                _set_random_state(self._random, device)
-                without = decoder(*args, **kwargs)[0]
-        finally:
-            self._proof = None
-        for sample in samples:
-            one = without[sample.row, sample.start : sample.stop].float()
-            other = output[0][sample.row, sample.start : sample.stop].detach().float()
-            off = float(((one - other).norm(dim=-1) / other.norm(dim=-1).clamp_min(1e-12)).max())
-            if not off <= _ROUNDED:
-                raise UnsupportedError(
-                    f"Without its frozen layers, and with their output, {type(decoder).__name__} computes something "
-                    f"else ({off:.1%} off): layers above the boundary read more of those below than their hidden "
-                    "states. A PrefixCache cannot serve it. Train without the cache: detach()."
-                )
+        if not self._proof.done and any(sample.key in store for sample in samples):
+            counted = serving.hits, serving.missed
+            self._proof.hold(lambda: decoder(*args, **kwargs), output, samples, serving.tolerance)
+            serving.hits, serving.missed = counted
 
     def _serving_for(self, device: torch.device) -> Serving:
         """The states of one way to compute: autocast rounds otherwise than the weights' own dtype."""
@@ -318,76 +336,5 @@ class PrefixCache:
         return self._serving[name]
 
 
-def _looks_inside(decoder: Any, kwargs: Any) -> bool:
-    """Whether somebody wants what the layers below do beside their output: generation, or the states of each."""
-    asked = {}
-    for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
-        given = kwargs.get(name)
-        asked[name] = text_attribute(decoder.config, name) if given is None else given
-    if asked["output_router_logits"]:
-        _refuse_router()
-    return bool(
-        asked["output_hidden_states"]
-        or asked["output_attentions"]
-        or kwargs.get("past_key_values") is not None
-        or kwargs.get("use_cache")
-    )
-
-
-def _random_state(device: torch.device) -> Any:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(state: Any, device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
-
-
-def _host(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.cpu()
-
-
-def _makes_kv_cache(decoder: Any, kwargs: Any) -> bool:
-    given = kwargs.get("use_cache")
-    return bool(text_attribute(decoder.config, "use_cache") if given is None else given)
-
-
-def _refuse(trainer: Any, model: Any, depth: int) -> None:
-    """Raise for runs in which the states are no function of the sample, or are not asked for one by one."""
-    args = trainer.args
-    for on, what in (
-        (getattr(args, "torch_compile", False), "torch_compile=True compiles the layers that the cache skips"),
-        (getattr(trainer, "is_fsdp_enabled", False), "FSDP shards the layers that the cache skips"),
-        (getattr(trainer, "is_deepspeed_enabled", False), "DeepSpeed may shard the layers that the cache skips"),
-        (getattr(args, "n_gpu", 0) > 1, f"n_gpu={getattr(args, 'n_gpu', 0)} copies the model to each GPU at each step"),
-    ):
-        if on:
-            raise UnsupportedError(f"{what}: a PrefixCache does not work there. Train without one of the two.")
-    if modules_beside(model):
-        raise UnsupportedError(
-            f"A PrefixCache knows a sample by its token ids, and {type(unwrap(model)).__name__} makes embeddings of "
-            "images too. Train without the cache."
-        )
-    if getattr(args, "neftune_noise_alpha", None):
-        raise ConflictError(
-            f"neftune_noise_alpha={args.neftune_noise_alpha} adds noise to the embeddings, so that no two epochs have "
-            "the same states. Train without the noise, or without the cache."
-        )
-    found = dropout_below(model, depth)
-    if found:
-        raise ConflictError(
-            f"{found}: below the boundary it makes other states in every epoch. Set it to 0 in the config before "
-            "loading the model, or train without the cache."
-        )
-    base: Any = unwrap(model)
-    if text_attribute(base.config, "output_router_logits"):
-        _refuse_router()
-
-
-def _refuse_router() -> None:
-    raise ConflictError(
-        "The router's auxiliary loss looks at the routers of all layers, also of those that the cache would skip. "
-        "Switch it off (router_aux_loss_coef=0.0 in SFTConfig, output_router_logits=False in the model's config), or "
-        "train without the cache."
-    )
+def _detached(path: Path, max_gb: float, dtype: torch.dtype | None, offload_prefix: bool) -> PrefixCache:
+    return PrefixCache(path, max_gb=max_gb, dtype=dtype, offload_prefix=offload_prefix)

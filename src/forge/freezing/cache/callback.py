@@ -47,7 +47,7 @@ class CacheWatch(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Other weights are other keys."""
         self._offload.come_back()
-        self._cache.renew()
+        self._cache._renew()
         if self._cache.offload_prefix and not self._offload.possible:
             warnings.warn(
                 "offload_prefix=True: the model is on the CPU, where there is nothing to offload from.",
@@ -57,11 +57,11 @@ class CacheWatch(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on it is seen whether the epoch finds room."""
-        self._cache.forget_unstored()
+        self._cache._forget_unstored()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An epoch has been through the cache."""
-        self._all_stored = self._cache.unstored == 0
+        self._all_stored = self._cache._unstored == 0
         self._cache.flush()
         logger.info("%r: %d samples read, %d computed", self._cache, self._cache.hits, self._cache.misses)
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ...models.layers import decoder_layers, named_base_modules, text_attribute, unwrap
+from ...models.layers import decoder_layers, decoder_layers_path, named_base_modules, unwrap
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -58,19 +58,30 @@ def fingerprint(model: nn.Module, depth: int) -> str:
 class Unchanged:
     """Whether the weights below the boundary are still those of the last fingerprint, as far as torch counts changes.
 
-    Each in-place operation raises a tensor's version; those on `.data` do not, so a fingerprint is taken anew at the
-    beginning of each training too. (`model.to(dtype)`, as for evaluation in 16 bits, shows by the dtype.)
+    Each in-place operation raises a tensor's version, other tensors have other identities (adapters that came, weights
+    that were assigned), and `model.to(dtype)` shows by the dtype. Operations on `.data` leave no trace, so a
+    fingerprint is taken anew at the beginning of each training too.
     """
 
     def __init__(self, model: nn.Module, depth: int) -> None:
-        self._tensors = [tensor for _, tensor in _tensors(model, depth)]
+        layers = decoder_layers(model)
+        decoder = decoder_of(model)
+        self._modules = [*list(layers)[:depth], *(child for child in decoder.children() if child is not layers)]
         self._versions = self._read()
 
     def __bool__(self) -> bool:
         return self._versions == self._read()
 
     def _read(self) -> list[Any]:
-        return [(tensor._version, tensor.dtype) for tensor in self._tensors]
+        tensors = [t for module in self._modules for t in (*module.parameters(), *module.buffers())]
+        return [(id(t), t._version, t.dtype) for t in tensors if not t.requires_grad]
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The module around the decoder's layers."""
+    base: Any = unwrap(model)
+    decoder: nn.Module = base.get_submodule(decoder_layers_path(base).rpartition(".")[0])
+    return decoder
 
 
 def _tensors(model: nn.Module, depth: int) -> Iterator[tuple[str, Tensor]]:
@@ -110,23 +121,3 @@ def _bytes(tensor: Tensor) -> Any:
     import torch
 
     return tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
-
-
-def dropout_below(model: nn.Module, depth: int) -> str | None:
-    """Something below the boundary that draws random numbers in training: where, and how much; None without."""
-    from torch import nn
-
-    layers = decoder_layers(model)
-    base = unwrap(model)
-    decoder = next(module for module in base.modules() if any(child is layers for child in module.children()))
-    below = [(f"decoder layer {index}", layers[index]) for index in range(depth)]
-    below += [(name, child) for name, child in decoder.named_children() if child is not layers]
-    for where, module in below:
-        for name, found in module.named_modules():
-            if isinstance(found, nn.modules.dropout._DropoutNd) and found.p > 0:
-                return f"{name or where} of {where} is {found}"
-            for attribute, value in vars(found).items():  # attention takes its share as a number
-                if "drop" in attribute and isinstance(value, float) and value > 0:
-                    return f"{attribute}={value} in {name} of {where}"
-    share = text_attribute(getattr(base, "config", None), "layerdrop")
-    return f"layerdrop={share} in the config" if share else None

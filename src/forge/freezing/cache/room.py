@@ -38,7 +38,7 @@ class Room:
         if size > self._granted:
             self.folder.mkdir(parents=True, exist_ok=True)
             used, disk = sum(file_sizes(self.folder).values()), shutil.disk_usage(self.folder)
-            reserve = max(RESERVE_BYTES, int(disk.total * RESERVE_SHARE))
+            reserve = reserve_of(disk.total)
             allowed, free = self.max_bytes - used, disk.free - reserve
             if size > allowed:
                 return (
@@ -53,6 +53,11 @@ class Room:
             self._granted = max(size, min(allowed, free) // _LOOKS)
         self._granted -= size
         return None
+
+
+def reserve_of(disk_bytes: int) -> int:
+    """How many bytes of a disk of this size are left free."""
+    return max(RESERVE_BYTES, int(disk_bytes * RESERVE_SHARE))
 
 
 def file_sizes(folder: Path) -> dict[str, int]:

@@ -34,6 +34,8 @@ def find_samples(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     token_type_ids: Tensor | None = None,
+    *,
+    context: bytes = b"",
 ) -> list[Sample]:
     """The samples in a batch: one per row, or one per document where positions begin again inside a row.
 
@@ -54,6 +56,7 @@ def find_samples(
         attention_mask: (rows, length), 0 where a token is padding; all are real without it.
         position_ids: (rows or 1, length); each row counts from 0 without it.
         token_type_ids: (rows, length).
+        context: what else the states of all of them depend on.
 
     Returns:
         In the order of rows and tokens; rows that are padding alone have none.
@@ -73,7 +76,7 @@ def find_samples(
         borders = [start, *(start + 1 + i for i in _restarts(positions, row, start, stop)), stop]
         for first, end in pairwise(borders):
             own = [None if tensor is None else tensor[row, first:end] for tensor in (mask, positions, types)]
-            samples.append(Sample(row, first, end, _digest(input_ids[row, first:end], first, *own)))
+            samples.append(Sample(row, first, end, _digest(input_ids[row, first:end], first, own, context)))
     return samples
 
 
@@ -105,11 +108,12 @@ def _restarts(positions: Tensor | None, row: int, start: int, stop: int) -> list
     return found
 
 
-def _digest(ids: Tensor, start: int, mask: Tensor | None, positions: Tensor | None, types: Tensor | None) -> bytes:
+def _digest(ids: Tensor, start: int, own: list[Tensor | None], context: bytes) -> bytes:
     import xxhash
 
+    mask, positions, types = own
     first = start if positions is None else int(positions[0])
-    digest = xxhash.xxh3_128(f"{len(ids)} {first}".encode() + _bytes(ids))
+    digest = xxhash.xxh3_128(f"{len(ids)} {first}".encode() + _bytes(ids) + context)
     if positions is not None and bool((positions[1:] - positions[:-1] != 1).any()):
         digest.update(b"positions" + _bytes(positions))
     if mask is not None and not bool(mask.all()):

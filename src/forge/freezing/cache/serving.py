@@ -26,6 +26,7 @@ class Pass:
     Args:
         samples: what is in its batch.
         shape: (rows, length) of the batch.
+        training: whether the model is in training mode.
         cached: the states of the samples that are in the store; the others are run.
         runs: whether the layers below run for the whole batch, whatever is stored: to learn what they return, and to
             hold what is stored against it.
@@ -34,6 +35,7 @@ class Pass:
 
     samples: Sequence[Sample]
     shape: tuple[int, int]
+    training: bool
     cached: dict[bytes, Tensor] = field(default_factory=dict)
     runs: bool = True
     rows: Rows | None = None
@@ -68,34 +70,35 @@ class Serving:
         self, open_store: Opener, *, tolerance: float, flash: bool, on_run: Callable[[], None] | None = None
     ) -> None:
         self.served = 0.0
-        self.checked = False
+        self.checked: set[bool] = set()
         self.missed = 0
         self.hits = 0
         self.unstored = 0
         self.store: StateStore | None = None
         self._open_store = open_store
-        self._tolerance = tolerance
+        self.tolerance = tolerance
         self._flash = flash
         self._on_run = on_run
         self._pass: Pass | None = None
         self._dtype: torch.dtype | None = None
         self._tuples: dict[int, int] = {}
 
-    def begin(self, samples: Sequence[Sample], shape: tuple[int, int], *, serve: bool = False) -> None:
+    def begin(self, samples: Sequence[Sample], shape: tuple[int, int], *, training: bool, serve: bool = False) -> None:
         """A forward pass of the decoder begins.
 
         Args:
             samples: what is in its batch.
             shape: (rows, length).
+            training: whether the model is in training mode: what is drawn at random there is not in evaluation.
             serve: read all of it, though nothing that was read has been held against the layers yet.
         """
         self.served = 0.0
-        self._pass = now = Pass(samples, shape)
-        if self.store is None:
+        self._pass = now = Pass(samples, shape, training)
+        if self.store is None or not samples:
             return
         now.cached = self._look_up(samples)
         missing = {sample.row for sample in samples if sample.key not in now.cached}
-        if not self._tuples or (now.cached and not self.checked and not serve):
+        if not self._tuples or (now.cached and training not in self.checked and not serve):
             return
         now.runs = len(missing) == shape[0] or (bool(missing) and shape[0] == 1)
         if not now.runs and missing:
@@ -139,6 +142,12 @@ class Serving:
         """The lowest trained layer is called: give it whatever is cached, and store what is not."""
         now = self._pass
         if now is None:
+            if self.served and torch._C._current_graph_task_id() != -1:
+                raise UnsupportedError(
+                    "The model's code checkpoints around the call of its decoder layers, so that backward asks for the "
+                    "boundary's input again when the cache has forgotten it. Switch checkpointing off, or train "
+                    "without the cache: detach()."
+                )
             return hidden_states
         if now.runs:
             if self.store is None:
@@ -200,7 +209,11 @@ class Serving:
         if self.store.full is None:
             host = hidden.detach().to("cpu", self.store.dtype)
             for sample in missing:
-                if not self.store.add(sample.key, host[places[sample.row], sample.start : sample.stop]):
+                states = host[places[sample.row], sample.start : sample.stop]
+                if not bool(states.isfinite().all()):
+                    _refuse_overflow(hidden, self.store.dtype)
+                    self.unstored += 1  # the run itself is broken
+                elif not self.store.add(sample.key, states):
                     self.unstored += 1
         else:
             self.unstored += len(missing)
@@ -220,19 +233,32 @@ class Serving:
 
     def _hold_against(self, now: Pass, hidden: Tensor) -> None:
         """Whether what is stored is what the layers compute."""
-        self.checked = True
         for sample in now.samples:
             if sample.key not in now.cached:
                 continue
             computed = hidden[sample.row, sample.start : sample.stop].float()
             stored = now.cached[sample.key].to(computed.device).float()
-            off = float(((stored - computed).norm(dim=-1) / computed.norm(dim=-1).clamp_min(1e-12)).max())
-            if not off <= self._tolerance:
+            off = farthest(stored, computed)
+            if not off <= self.tolerance:
                 raise ConflictError(
                     f"The cached states of a sample are {off:.1%} off what the frozen layers compute for it now "
-                    f"(allowed: {self._tolerance:.1%}): something that they depend on is not in the key, such as "
+                    f"(allowed: {self.tolerance:.1%}): something that they depend on is not in the key, such as "
                     "dropout, noise on the embeddings, or a neighbour in the batch. Train without the cache: detach()."
                 )
+        self.checked.add(now.training)
+
+
+def _refuse_overflow(hidden: Tensor, dtype: torch.dtype) -> None:
+    if bool(hidden.isfinite().all()):
+        raise ConflictError(
+            f"Hidden states reach {float(hidden.abs().max()):.3g}, and {dtype} ends at {torch.finfo(dtype).max:.3g}. "
+            "Take PrefixCache(dtype=torch.bfloat16), or None to store them as they are."
+        )
+
+
+def farthest(one: Tensor, other: Tensor) -> float:
+    """The largest distance of a token's state from the other, relative to the other's norm."""
+    return float(((one - other).norm(dim=-1) / other.norm(dim=-1).clamp_min(1e-12)).max())
 
 
 def _refuse_seen_neighbours(samples: Sequence[Sample], mask: Any) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sized
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConflictError, ForgeError
-from ...models.layers import decoder_layers, text_attribute, unwrap
+from ...models.layers import text_attribute, unwrap
 from ...models.truncation import truncated_layers
+from .room import reserve_of
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +30,7 @@ class CacheSize:
         bytes_per_token: the hidden size times the bytes of a number.
         total_gb: GiB for all of them.
         max_gb: GiB that the cache may take.
-        free_gb: GiB that are free on its disk.
+        free_gb: GiB that are free on its disk, without what is left free for checkpoints.
         prefix_flops_per_token: FLOPs that a token does not cost once it is cached: 2 per weight of the frozen layers
             that it passes (Kaplan et al. 2020, arXiv:2001.08361), attention scores aside.
     """
@@ -67,21 +69,23 @@ class CacheSize:
 
 def size_of(model: nn.Module, dataset: Any, *, path: Path, max_gb: float, dtype: torch.dtype | None) -> CacheSize:
     """See `PrefixCache.estimate`."""
-    depth = truncated_layers(model)
-    if depth == 0:
+    if truncated_layers(model) == 0:
         raise ConflictError("No layer of the model is frozen: call setup_lp_lora_style(model, freeze_ratio=0.5) first.")
     base: Any = unwrap(model)
     width = int(text_attribute(base.config, "hidden_size"))
     # The residual stream has the embeddings' dtype, whatever the layers multiply in.
     bytes_per_token = width * (dtype or base.get_input_embeddings().weight.dtype).itemsize
-    tokens = dataset if isinstance(dataset, int) and not isinstance(dataset, bool) else _count(dataset)
+    tokens = int(dataset) if isinstance(dataset, Integral) else _count(dataset)
+    if tokens < 1:
+        raise ForgeError(f"The dataset has {tokens} tokens: give trainer.train_dataset, or how many tokens it has.")
+    disk = shutil.disk_usage(next(p for p in (path, *path.resolve().parents) if p.exists()))
     return CacheSize(
         tokens=tokens,
         bytes_per_token=bytes_per_token,
         total_gb=tokens * bytes_per_token / _GB,
         max_gb=max_gb,
-        free_gb=shutil.disk_usage(next(p for p in (path, *path.resolve().parents) if p.exists())).free / _GB,
-        prefix_flops_per_token=_flops(model, depth),
+        free_gb=max(0, disk.free - reserve_of(disk.total)) / _GB,
+        prefix_flops_per_token=_flops(model),
     )
 
 
@@ -108,8 +112,7 @@ def _count(dataset: Any) -> int:
     return int(total)
 
 
-def _flops(model: nn.Module, depth: int) -> float:
+def _flops(model: nn.Module) -> float:
     from ...models import training_flops
 
-    flops = training_flops(model)
-    return flops.forward_per_token * depth / len(decoder_layers(model))
+    return training_flops(model).prefix_per_token
