@@ -522,7 +522,7 @@ def test_how_large_it_will_be_for_preferences(tmp_path):
 def test_offload(caplog):
     moved = []
     layers = [torch.nn.Linear(1, 1, device="meta") for _ in range(2)]
-    offload = Offload(layers, lambda layer, device: moved.append((layers.index(layer), str(device))))
+    offload = Offload(layers, move=lambda layer, device: moved.append((layers.index(layer), str(device))))
     assert offload.possible
     offload.come_back()
     assert moved == []
@@ -541,10 +541,18 @@ def test_offload_when_an_epoch_is_stored(tmp_path):
     cache = PrefixCache(tmp_path / "cache", offload_prefix=True).attach(made)
     events = []
     watch = next(c for c in made.callback_handler.callbacks if type(c).__name__ == "CacheWatch")
-    watch._offload = Offload(list(decoder_layers(made.model))[:2], lambda layer, device: None)
     watch._offload._home = torch.device("meta")
-    watch._offload._move = lambda layer, device: events.append((made.state.global_step, str(device)))
+
+    def move(layer, device):
+        events.append((made.state.global_step, str(device)))
+        for module in layer.modules():  # as bitsandbytes does: other objects with the same values
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    module._parameters[name] = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
+
+    watch._offload._move = move
     made.train()
+    assert cache.misses == 8  # nothing was taken for changed
     # Stored in steps 1 to 4, held against the layers in 5, gone after 6 (the first that read), back at the end.
     assert next(event for event in events if event[1] == "cpu")[0] in (5, 6)
     assert events[-1] == (12, "meta")
@@ -772,7 +780,9 @@ def test_offloaded_weights_come_back_for_whoever_needs_them(tmp_path):
     cache = PrefixCache(tmp_path / "cache", offload_prefix=True).attach(made)
     watch = next(c for c in made.callback_handler.callbacks if type(c).__name__ == "CacheWatch")
     events = []
-    watch._offload = Offload(list(decoder_layers(made.model))[:2], lambda layer, device: events.append(str(device)))
+    watch._offload = Offload(
+        list(decoder_layers(made.model))[:2], move=lambda layer, device: events.append(str(device))
+    )
     watch._offload._home = torch.device("meta")
     watch._offload.leave()
     made.model.eval().generate(input_ids=torch.randint(3, 200, (1, 5)), max_new_tokens=2, do_sample=False)

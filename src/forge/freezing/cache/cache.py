@@ -225,6 +225,11 @@ class PrefixCache:
         for each in self._serving.values():
             each.checked.clear()
 
+    def _moved(self) -> None:
+        """The layers' weights are elsewhere, and the same."""
+        if self._model is not None and self._truncation is not None:
+            self._unchanged = Unchanged(self._model, self._truncation.depth)
+
     def _close(self) -> None:
         """Close the files, and keep count."""
         self._hits, self._misses = self.hits, self.misses

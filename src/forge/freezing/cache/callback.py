@@ -34,7 +34,7 @@ class CacheWatch(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, cache: PrefixCache, layers: Sequence[nn.Module]) -> None:
         self._cache = cache
-        self._offload = Offload(layers)
+        self._offload = Offload(layers, cache._moved)
         self._logged = (0, 0)
         self._misses_at_epoch = 0
         self._all_stored = False

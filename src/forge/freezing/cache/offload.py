@@ -20,13 +20,21 @@ class Offload:
 
     Args:
         layers: those below the boundary.
+        moved: called when they have been moved: bitsandbytes makes other parameters of them.
         move: how a layer is moved; for tests.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], move: Callable[[Any, Any], Any] | None = None) -> None:
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        moved: Callable[[], None] = lambda: None,
+        *,
+        move: Callable[[Any, Any], Any] | None = None,
+    ) -> None:
         self.away = False
         self._layers = list(layers)
         self._home: torch.device = next(layers[0].parameters()).device
+        self._moved = moved
         self._move = move or (lambda layer, device: layer.to(device))
         self._returns = 0
 
@@ -62,5 +70,6 @@ class Offload:
 
         for layer in self._layers:
             self._move(layer, device)
+        self._moved()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
