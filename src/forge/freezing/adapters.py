@@ -30,12 +30,14 @@ class RemovedAdapters:
         wrappers: PEFT's layers, by the dotted name of their place in the base model.
         configs: the adapters' configs as they were.
         changed: the copies that the model has in their place, since the user may give the same config to another model.
+        elsewhere: whether adapters are left in other layers.
         targeted: PEFT's list of the modules that it adapted.
     """
 
     wrappers: list[tuple[str, Any]] = field(default_factory=list)
     configs: dict[str, Any] = field(default_factory=dict)
     changed: dict[str, Any] = field(default_factory=dict)
+    elsewhere: bool = False
     targeted: list[str] | None = None
 
     def put_back(self, model: nn.Module) -> None:
@@ -45,7 +47,8 @@ class RemovedAdapters:
         """
         base = unwrap(model)
         live = getattr(model, "peft_config", {})
-        if any(live.get(adapter) is not config for adapter, config in self.changed.items()):
+        gone = self.elsewhere and not _has_adapters(base)  # PEFT 0.18 leaves the configs on an unloaded model
+        if gone or any(live.get(adapter) is not config for adapter, config in self.changed.items()):
             return
         for name, wrapper in self.wrappers:
             parent, _, child = name.rpartition(".")
@@ -74,6 +77,7 @@ def remove_adapters(model: nn.Module, frozen: Sequence[int]) -> RemovedAdapters:
     path, layers = decoder_layers_path(unwrap(model)), decoder_layers(model)
     for index in frozen:
         removed.wrappers += [(f"{path}.{index}.{name}", found) for name, found in compat.remove_adapters(layers[index])]
+    removed.elsewhere = _has_adapters(model)
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     for adapter, config in list(configs.items()):
         changes = _without_layers(config, path, frozen, len(layers), model)
@@ -88,6 +92,10 @@ def remove_adapters(model: nn.Module, frozen: Sequence[int]) -> RemovedAdapters:
         gone = re.compile(excluding(path, frozen))
         tuner.targeted_module_names = [name for name in targeted if not gone.fullmatch(name)]
     return removed
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    return any(compat.wrapped_by_adapter(module) is not None for module in model.modules())
 
 
 def excluding(path: str, frozen: Iterable[int]) -> str:

@@ -597,7 +597,8 @@ def test_adapters_below_the_boundary_are_refused(tmp_path):
     cache = PrefixCache(tmp_path / "cache").attach(made)
     made.train()
     made.model.load_adapter(tmp_path / "other", "other")
-    made.model.set_adapter("other", inference_mode=True)
+    made.model.set_adapter("other")
+    made.model.requires_grad_(False)
     with pytest.raises(ConflictError, match="A frozen layer has got an adapter"):
         made.model.eval()(input_ids=torch.randint(3, 200, (2, 9)), use_cache=False)
     cache.detach()

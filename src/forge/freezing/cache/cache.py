@@ -153,9 +153,9 @@ class PrefixCache:
         self._model, self._truncation, self._trainer = model, truncation, trainer
         truncation.shortcut, truncation.on_restore = Idle(), self._left
         self._renew()
-        base, decoder = unwrap(model), decoder_of(model)
+        decoder = decoder_of(model)
         self._handles = [
-            base.register_forward_pre_hook(refuse_labelled_padding, with_kwargs=True),
+            model.register_forward_pre_hook(refuse_labelled_padding, with_kwargs=True),
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
