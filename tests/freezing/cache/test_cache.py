@@ -390,14 +390,18 @@ def test_a_wrong_state_is_found_before_it_is_used(tmp_path):
     cache.detach()
 
 
+def leak(model, share):
+    """Let the highest layer read something of the lowest beside the hidden states."""
+    layers, kept = decoder_layers(model), {}
+    layers[0].mlp.register_forward_hook(lambda _, args, out: kept.update(states=out))
+    layers[3].register_forward_pre_hook(
+        lambda _, args: (args[0] + share * kept.pop("states", torch.zeros_like(args[0])), *args[1:])
+    )
+
+
 def test_layers_that_read_more_than_hidden_states_are_found(tmp_path):
     made = make("plain", tmp_path)
-    layers = decoder_layers(made.model)
-    leak = {}
-    layers[0].mlp.register_forward_hook(lambda _, args, out: leak.update(states=out))
-    layers[3].register_forward_pre_hook(
-        lambda _, args: (args[0] + leak.pop("states", torch.zeros_like(args[0])), *args[1:])
-    )
+    leak(made.model, 1.0)
     cache = PrefixCache(tmp_path / "cache").attach(made)
     with pytest.raises(UnsupportedError, match="read more of those below than their hidden states"):
         made.train()
@@ -640,12 +644,7 @@ def test_what_was_refused_is_refused_again(tmp_path):
 
 def test_layers_that_leak_are_refused_again(tmp_path):
     made = make("plain", tmp_path)
-    layers = decoder_layers(made.model)
-    leak = {}
-    layers[0].mlp.register_forward_hook(lambda _, args, out: leak.update(states=out))
-    layers[3].register_forward_pre_hook(
-        lambda _, args: (args[0] + 0.05 * leak.pop("states", torch.zeros_like(args[0])), *args[1:])
-    )
+    leak(made.model, 0.05)
     cache = PrefixCache(tmp_path / "cache", max_gb=3_000 / 2**30).attach(made)
     for _ in range(2):
         with pytest.raises(UnsupportedError, match="read more of those below"), pytest.warns(match="cache is full"):
