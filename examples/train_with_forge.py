@@ -3,9 +3,9 @@
     python examples/train_with_forge.py
     python examples/train_with_forge.py --model Qwen/Qwen2.5-7B-Instruct --data chats.jsonl --max-length 2048
 
-`--data` is a JSON-lines file (or the id of a data set on the hub) whose rows have `messages`, or `prompt` and
-`completion`, or `text`; without it, the conversations that come with the examples. The preset is QLoRA unless you say
-otherwise.
+`--data` is a JSON-lines, CSV or Parquet file, or the id of a data set on the hub: chats, ShareGPT, Alpaca, prompts and
+completions, or plain text; without it, the conversations that come with the examples. The preset is QLoRA unless you
+say otherwise. examples/evaluate_with_forge.py then compares the tuned model with its base.
 """
 
 from __future__ import annotations
@@ -16,12 +16,21 @@ import time
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from forge import EMACallback, MonitorCallback, estimate_model_memory, get_preset, setup_lp_lora_style
+from forge import (
+    EMACallback,
+    ForgeError,
+    MonitorCallback,
+    PreparedData,
+    estimate_model_memory,
+    get_preset,
+    prepare_dataset,
+    setup_lp_lora_style,
+)
 from forge.assets import conversations, smollm2
 
 SMALL_RUN = {
@@ -33,10 +42,9 @@ SMALL_RUN = {
 
 
 def main() -> None:
-    """Choose a preset, see what it needs, load, train under watch, compare, save the average, reload."""
+    """Choose a preset, see what it needs, look at the data, train under watch, compare, save the average, reload."""
     options = parse_options()
     started = time.perf_counter()
-    train, held_out = load_data(options.data)
     model_id = options.model or str(smollm2())
     overrides = {} if options.model or options.data else dict(SMALL_RUN)
     overrides |= {name: value for name in ("max_steps", "max_length") if (value := getattr(options, name))}
@@ -45,10 +53,16 @@ def main() -> None:
     preset.print_info()
     args = preset.get_sft_config()
     rows, length = args.per_device_train_batch_size, args.max_length
+    tokenizer = AutoTokenizer.from_pretrained(model_id)
+    data = load_data(options.data, tokenizer, length)
+    data.report.print()
+    data.preview(0).print()  # what the model will learn from the first sample
+    held_out = data.validation
+    watched = held_out.select(range(min(32, len(held_out))))  # the loss of all would take longer than the training
+
     frozen = {"freeze_ratio": options.freeze_ratio}
     estimate_model_memory(model_id, rows, length, preset=preset, ema="device", **frozen).print()
 
-    tokenizer = AutoTokenizer.from_pretrained(model_id)
     model = AutoModelForCausalLM.from_pretrained(model_id, **preset.model_kwargs())
 
     args.output_dir = str(options.output)
@@ -56,8 +70,8 @@ def main() -> None:
     trainer = SFTTrainer(
         model=model,
         args=args,
-        train_dataset=train,
-        eval_dataset=held_out,
+        train_dataset=data.train,
+        eval_dataset=watched,
         processing_class=tokenizer,
         peft_config=preset.get_lora_config(),
         callbacks=[*preset.get_callbacks(), ema, monitor],
@@ -66,7 +80,7 @@ def main() -> None:
         setup_lp_lora_style(trainer.model, **frozen).print()
     monitor.attach(trainer)
 
-    questions = first_messages(held_out)
+    questions = first_messages(watched)
     loss_before, replies_before = trainer.evaluate()["eval_loss"], replies(trainer.model, tokenizer, questions)
     trainer.train()
     ema.apply_ema(trainer.model)  # from here on the model is the average of its last steps
@@ -74,28 +88,24 @@ def main() -> None:
 
     for question, before, after in zip(questions, replies_before, replies_after, strict=True):
         print(f"\nuser    {question}\nbefore  {before}\nafter   {after}")
-    print(f"\nheld-out loss: {loss_before:.3f} before, {loss_after:.3f} after ({len(held_out)} samples)")
+    print(f"\nheld-out loss: {loss_before:.3f} before, {loss_after:.3f} after ({len(watched)} samples)")
 
     trainer.save_model(options.output)
+    held_out.remove_columns(["input_ids", "labels"]).to_json(options.output / "held_out.jsonl")
     if preset.get_lora_config():
         check_reload(trainer.model, model_id, preset.model_kwargs(), tokenizer, options.output)
     print(f"report: {options.output / 'report' / 'report.html'}")
     print(f"saved in {options.output}; {time.perf_counter() - started:.0f} s, peak memory {peak_memory_gb():.2f} GiB")
 
 
-def load_data(name: str | None) -> tuple[Dataset, Dataset]:
-    """Training and held-out samples; the held-out ones are a tenth, at most 32."""
-    if name is None:
-        # Four messages, so that a sample fits into the demo's length.
-        data = Dataset.from_list([{"messages": chat[:4]} for chat in conversations(limit=800) if len(chat) >= 4])
-    elif name.endswith((".json", ".jsonl")):
-        if not Path(name).is_file():
-            raise SystemExit(f"error: there is no file {name}: --data takes a JSON-lines file or the id of a data set")
-        data = load_dataset("json", data_files=name, split="train")
-    else:
-        data = load_dataset(name, split="train")
-    parts = data.train_test_split(test_size=min(32, max(1, len(data) // 10)), seed=42)
-    return parts["train"], parts["test"]
+def load_data(name: str | None, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> PreparedData:
+    """What is learnt and what is held out, tokenised: 64 of the demo's conversations, a tenth of your own data."""
+    # Four messages, so that a sample fits into the demo's length.
+    chats = [{"messages": chat[:4]} for chat in conversations(limit=800) if len(chat) >= 4]
+    try:
+        return prepare_dataset(name or chats, tokenizer, max_length=max_length, validation=0.1 if name else 64)
+    except ForgeError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def first_messages(data: Dataset, count: int = 3) -> list[str]:

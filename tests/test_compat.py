@@ -153,3 +153,33 @@ def test_adapters_of_a_layer_are_taken_away():
     compat.remove_adapters(layer)
     assert not [name for name, _ in layer.named_parameters() if "lora" in name]
     assert type(layer.self_attn.q_proj) is torch.nn.Linear
+
+
+def test_the_training_template_that_trl_knows():
+    from support.tokenizer import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    assert compat.has_generation_markers(tokenizer.chat_template)
+    assert compat.training_chat_template(tokenizer) is None  # it needs none
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert compat.training_chat_template(tokenizer) is None  # it knows none
+    from trl import chat_template_utils
+
+    tokenizer.chat_template = chat_template_utils.qwen3_chat_template
+    assert not compat.has_generation_markers(tokenizer.chat_template)
+    training = compat.training_chat_template(tokenizer)
+    if hasattr(chat_template_utils, "has_generation_markers"):  # TRL 1.0's has no markers
+        assert compat.has_generation_markers(training)
+    else:
+        assert training is None or compat.has_generation_markers(training)
+
+
+@pytest.mark.parametrize("preference", [False, True])
+def test_the_length_that_trl_cuts_to(preference):
+    import trl
+
+    from support.models import checkpointing
+
+    config = trl.DPOConfig if preference else trl.SFTConfig
+    made = config("out", use_cpu=True, bf16=False, **checkpointing(False))
+    assert compat.default_max_length(preference) == made.max_length

@@ -101,3 +101,29 @@ def test_what_is_no_chat_request_is_refused_and_not_counted():
                 ask(judge, **bad)
             error.value.close()
     assert judge.requests == []
+
+
+def test_geminis_protocol_is_answered_and_its_requests_read_alike():
+    body = {
+        "contents": [{"role": "user", "parts": [{"text": "Rate"}, {"text": " this."}]}],
+        "systemInstruction": {"parts": [{"text": "Judge."}], "role": "user"},
+    }
+    with ScriptedJudge([Reply("ten", finish="max_tokens")]) as judge:
+        request = urllib.request.Request(
+            f"{judge.origin}/v1beta/models/m:generateContent", json.dumps(body).encode(), {"x-goog-api-key": "k"}
+        )
+        with urllib.request.urlopen(request) as response:
+            answer = json.loads(response.read())
+    assert answer["candidates"][0]["content"]["parts"] == [{"text": "ten"}]
+    assert answer["candidates"][0]["finishReason"] == "MAX_TOKENS"
+    assert answer["usageMetadata"]["promptTokenCount"] == 3
+    assert judge.requests[0].messages == [
+        {"role": "system", "content": "Judge."},
+        {"role": "user", "content": "Rate this."},
+    ]
+
+
+def test_gigachats_authorisation_is_recorded_apart():
+    with ScriptedJudge([]) as judge, urllib.request.urlopen(judge.oauth_url, b"scope=X") as response:
+        assert json.loads(response.read())["access_token"] == "scripted-token"
+    assert (judge.requests, judge.authorisations[0].body) == ([], "scope=X")

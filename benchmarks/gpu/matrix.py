@@ -9,25 +9,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.gpu import callbacks, freezing, memory, memory_cells, presets
+from benchmarks.gpu import callbacks, evaluation, freezing, memory, memory_cells, presets
 from benchmarks.runner import Suite
 
-GROUPS = {"presets": presets, "callbacks": callbacks, "freezing": freezing, "memory": memory}
+GROUPS = {
+    "presets": presets,
+    "callbacks": callbacks,
+    "freezing": freezing,
+    "memory": memory,
+    "evaluation": evaluation,
+}
 TARGET = "benchmarks.gpu.matrix:measure"
 
 # Micro-batch x length are the presets' own. The sft cells at 8B need about 128 GB and are there to run out of memory.
 CELLS = (*presets.cells(("llama-1b", "llama-8b"), sft=(4, 2048), dpo=(2, 1024)),)
 CALLBACK_CELLS = (*callbacks.cells(("llama-1b", "llama-8b"), sft=(4, 2048)), *callbacks.update_cells())
 FREEZING_CELLS = tuple(freezing.cells(("llama-1b", "llama-8b"), batch=(2, 2048)))
+EVALUATION_CELLS = tuple(
+    evaluation.cells(("llama-1b", "llama-8b"), prompts=64, new_tokens=64, sizes=(1, 8, 32), length=2048)
+)
 MEMORY_CELLS = tuple(memory_cells.cells())  # other parts append theirs, made with memory_cells.cell
 SMOKE_CELLS = (
     *presets.cells(("llama-tiny",), sft=(2, 64), dpo=(2, 64), steps=(1, 2)),
     *callbacks.cells(("llama-tiny",), sft=(2, 64), steps=(1, 2), rounds=2),
     *freezing.cells(("llama-tiny",), batch=(2, 64), steps=(1, 2), rounds=1),
     *memory_cells.smoke_cells(),
+    *evaluation.cells(("llama-tiny",), prompts=4, new_tokens=4, sizes=(1, 2), length=64),
 )
 
-SUITE = Suite("gpu", TARGET, (*CELLS, *CALLBACK_CELLS, *FREEZING_CELLS, *MEMORY_CELLS), timeout_s=480)
+SUITE = Suite(
+    "gpu", TARGET, (*CELLS, *CALLBACK_CELLS, *FREEZING_CELLS, *MEMORY_CELLS, *EVALUATION_CELLS), timeout_s=480
+)
 SMOKE = Suite("gpu-smoke", TARGET, SMOKE_CELLS, timeout_s=None)
 
 

@@ -19,7 +19,7 @@ def render(rows: Sequence[Row]) -> str:
     if not rows:
         return "No rows yet: run `make gpu` on a machine with a CUDA device."
     parts = ["# GPU matrix", *sorted({_provenance(row) for row in rows}), *_presets(rows), *_callbacks(rows)]
-    parts += _freezing(rows)
+    parts += [*_freezing(rows), *_evaluation(rows)]
     parts += memory_report.parts(rows)
     if failed := [row for row in rows if row["status"] not in ("ok", "oom")]:
         parts.append("## Failed\n\n" + "\n".join(f"- `{r['key']}`: {r['status']}: {r['error'][:300]}" for r in failed))
@@ -95,6 +95,22 @@ def _freezing(rows: Iterable[Row]) -> list[str]:
             cells += ["n/a" if peak is None else f"{peak:.2f}" for peak in peaks]
             lines.append(_line([*cells, f"{found['read']:.2%}" if "read" in found else ""]))
     return ["## Freezing: a step's share of the all-layer step\n\n" + "\n".join(lines)] if len(lines) > 2 else []
+
+
+def _evaluation(rows: Iterable[Row]) -> list[str]:
+    """Answers and losses per second; empty without such rows."""
+    lines = [_line(["model", "what", "tokens/s", "allocated, GiB", "differing answers"])]
+    lines.append(_line(["---"] * 2 + ["---:"] * 3))
+    for row in rows:
+        s = row["settings"]
+        if s.get("group") != "evaluation" or row["status"] != "ok":
+            continue
+        for name, found in row["result"].items():
+            what = f"loss, rows of {s['length']}" if name == "loss" else f"answers, {name.replace('_', ' of ')}"
+            peak = "n/a" if found["max_allocated_gb"] is None else f"{found['max_allocated_gb']:.2f}"
+            differing = f"{found['differing']} of {s['prompts']}" if "differing" in found else ""
+            lines.append(_line([s["model"], what, f"{found['tokens_per_s']:,.0f}", peak, differing]))
+    return ["## Evaluation\n\n" + "\n".join(lines)] if len(lines) > 2 else []
 
 
 def _line(cells: Iterable[str]) -> str:

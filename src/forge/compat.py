@@ -6,6 +6,7 @@ in tests/test_compat.py, so that a new release which moves something fails there
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 
@@ -149,3 +150,37 @@ def without_wrappers(name: str) -> str:
     'mlp.experts.gate_up_proj'
     """
     return name.replace(".base_layer", "").replace(".original_module", "")
+
+
+def training_chat_template(tokenizer: Any) -> str | None:
+    """TRL's rewriting of a chat template that it knows, with `{% generation %}` markers around answers; else None.
+
+    TRL 1.0 knows Qwen3's alone, later versions most families'. For templates that it does not know it raises, and for
+    those that need no rewriting it returns None; the one of TRL 1.0 need not have markers.
+    """
+    from jinja2 import TemplateError
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        template = get_training_chat_template(tokenizer)
+    except (ValueError, TypeError, KeyError, AttributeError, TemplateError):
+        return None
+    return template if template is not None and has_generation_markers(template) else None
+
+
+def has_generation_markers(chat_template: str) -> bool:
+    """Whether a template says which of its output is the assistant's; TRL's function of that name is younger than 1.0.
+
+    >>> has_generation_markers("{%- generation -%}{{ message.content }}{%- endgeneration -%}")
+    True
+    """
+    return re.search(r"\{%-?\s*generation\s*-?%\}", chat_template) is not None
+
+
+def default_max_length(preference: bool) -> int | None:
+    """The length to which SFTConfig, or DPOConfig, cuts unless it is told otherwise."""
+    import trl
+
+    config = trl.DPOConfig if preference else trl.SFTConfig
+    default: int | None = config.__dataclass_fields__["max_length"].default
+    return default

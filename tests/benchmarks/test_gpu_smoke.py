@@ -27,6 +27,9 @@ def test_smoke_runs_every_kind_of_cell_and_the_report_shows_it(tmp_path):
     assert {row["key"]: row["status"] for row in rows} == {key(cell): "ok" for cell in SMOKE_CELLS}, run.stderr[-3000:]
     assert run.returncode == 0
     for row in rows:
+        if row["settings"]["group"] == "evaluation":
+            assert row["result"]["batch_2"]["tokens_per_s"] > 0
+            continue
         assert len(row["result"]["steps_s"]) == len(row["result"]["losses"]) == 3
         assert row["result"]["tokens_per_s"] > 0
     presets = [row for row in rows if row["settings"]["group"] == "presets"]
@@ -48,6 +51,7 @@ def test_smoke_runs_every_kind_of_cell_and_the_report_shows_it(tmp_path):
     table = render(rows)
     assert "| llama-tiny | qlora | 2 x 64 |" in table
     assert "| gpt2-tiny | plain, full, checkpointing off, data padded | 2 x 64 |" in table
+    assert "| llama-tiny | answers, batch of 2 |" in table
     assert "torch" in table
 
 

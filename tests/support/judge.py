@@ -1,4 +1,4 @@
-"""A scripted judge: an OpenAI-compatible server on loopback that answers what a test tells it to.
+"""A scripted judge: a server on loopback that answers what a test tells it to, as OpenAI, Gemini and GigaChat would.
 
     with ScriptedJudge(['{"score": 80}', Reply.rate_limited(retry_after_s=0.1), '{"score": 70}']) as judge:
         client = OpenAI(base_url=judge.url, api_key="any")
@@ -6,6 +6,9 @@
 
 The script is a list, served in the order of arrival, or a function from the request to a reply. A text is a reply with
 that content. A request beyond the list's end is answered 400 and fails the test on exit.
+
+OpenAI's protocol is at `url`, and so is GigaChat's, which differs by its authorisation at `oauth_url`; Gemini's is at
+`origin`. The requests of all three are recorded alike: `messages` are role and content, whatever the protocol.
 """
 
 import json
@@ -27,6 +30,7 @@ class Reply:
     delay_s: float = 0.0
     headers: Mapping[str, str] = field(default_factory=dict)
     raw: bytes | None = None
+    finish: str = "stop"
 
     @classmethod
     def rate_limited(cls, *, retry_after_s: float) -> "Reply":
@@ -50,7 +54,14 @@ class Request:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        return self.body["messages"]
+        if "messages" in self.body:
+            return self.body["messages"]
+        system = self.body.get("systemInstruction")
+        turns = [{**system, "role": "system"}] if system else []
+        return [
+            {"role": turn.get("role") or "user", "content": "".join(part["text"] for part in turn["parts"])}
+            for turn in [*turns, *self.body["contents"]]
+        ]
 
 
 Script = Iterable[Reply | str] | Callable[[Request], Reply | str]
@@ -61,6 +72,7 @@ class ScriptedJudge:
 
     def __init__(self, script: Script, *, models: tuple[str, ...] = ("scripted-judge",)) -> None:
         self.requests: list[Request] = []
+        self.authorisations: list[Request] = []
         self.max_in_flight = 0
         self.models = models
         self._answer = script if callable(script) else None
@@ -74,8 +86,16 @@ class ScriptedJudge:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
 
     @property
+    def origin(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        return f"{self.origin}/v1"
+
+    @property
+    def oauth_url(self) -> str:
+        return f"{self.origin}/oauth"
 
     def __enter__(self) -> "ScriptedJudge":
         self._thread.start()
@@ -127,13 +147,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.path != "/v1/chat/completions":
+        if self.path == "/oauth":
+            self.judge.authorisations.append(
+                Request("POST", self.path, dict(self.headers), body.decode(), time.monotonic())
+            )
+            token = {"access_token": "scripted-token", "expires_at": int(time.time() * 1000) + 1_800_000}
+            return self._send(200, json.dumps(token).encode())
+        gemini = self.path.startswith(("/v1/models/", "/v1beta/models/")) and self.path.endswith(":generateContent")
+        if self.path != "/v1/chat/completions" and not gemini:
             return self._refuse(404, f"no such path: {self.path}")
         try:
             content = json.loads(body)
         except ValueError as error:
             return self._refuse(400, f"the request is not JSON: {error}")
-        if not content.get("messages") or content.get("stream"):
+        if not (content.get("contents") if gemini else content.get("messages")) or content.get("stream"):
             return self._refuse(400, "a request needs messages, and the scripted judge does not stream")
         request = Request("POST", self.path, dict(self.headers), content, time.monotonic())
         reply = self.judge.reply_to(request)
@@ -141,7 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(reply.status, reply.raw, reply.headers)
         if reply.status != 200:
             return self._refuse(reply.status, reply.text, reply.headers)
-        return self._send(200, json.dumps(_completion(content, reply.text)).encode(), reply.headers)
+        answer = (_generated if gemini else _completion)(request, reply)
+        return self._send(200, json.dumps(answer).encode(), reply.headers)
 
     def _refuse(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         self._send(status, json.dumps({"error": {"message": message, "code": status}}).encode(), headers)
@@ -161,14 +189,33 @@ class _Handler(BaseHTTPRequestHandler):
         """Stay silent; the requests are recorded."""
 
 
-def _completion(request: Mapping[str, Any], text: str) -> dict[str, Any]:
-    prompt = sum(len(str(message.get("content", "")).split()) for message in request["messages"])
-    answer = len(text.split())
+def _completion(request: Request, reply: Reply) -> dict[str, Any]:
+    prompt, answer = _counts(request, reply)
+    message = {"role": "assistant", "content": reply.text}
     return {
         "id": "chatcmpl-scripted",
         "object": "chat.completion",
         "created": int(time.time()),
-        "model": request.get("model", "scripted-judge"),
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
+        "model": request.body.get("model", "scripted-judge"),
+        "choices": [{"index": 0, "message": message, "finish_reason": reply.finish}],
         "usage": {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer},
     }
+
+
+def _generated(request: Request, reply: Reply) -> dict[str, Any]:
+    prompt, answer = _counts(request, reply)
+    content = {"role": "model", "parts": [{"text": reply.text}]}
+    return {
+        "candidates": [{"index": 0, "content": content, "finishReason": reply.finish.upper()}],
+        "usageMetadata": {
+            "promptTokenCount": prompt,
+            "candidatesTokenCount": answer,
+            "thoughtsTokenCount": 7,
+            "totalTokenCount": prompt + answer + 7,
+        },
+    }
+
+
+def _counts(request: Request, reply: Reply) -> tuple[int, int]:
+    prompt = sum(len(str(message.get("content", "")).split()) for message in request.messages)
+    return prompt, len(reply.text.split())

@@ -59,6 +59,7 @@ img { display: block; width: 100%; height: auto; }
 .table { overflow-x: auto; margin: 1rem 0; width: fit-content; max-width: 100%; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .45rem .9rem; text-align: left; vertical-align: top; overflow-wrap: break-word; }
+td { white-space: pre-line; }
 th { color: var(--quiet); font-weight: 600; white-space: nowrap; }
 tbody tr { border-top: 1px solid var(--line); }
 .number { text-align: right; white-space: nowrap; }
