@@ -99,11 +99,11 @@ def main() -> None:
 
 
 def load_data(name: str | None, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> PreparedData:
-    """What is learnt and what is held out, tokenised: 64 of the demo's conversations, a tenth of your own data."""
+    """What is learnt and what is held out, tokenised: 72 of the demo's conversations, a tenth of your own data."""
     # Four messages, so that a sample fits into the demo's length.
     chats = [{"messages": chat[:4]} for chat in conversations(limit=800) if len(chat) >= 4]
     try:
-        return prepare_dataset(name or chats, tokenizer, max_length=max_length, validation=0.1 if name else 64)
+        return prepare_dataset(name or chats, tokenizer, max_length=max_length, validation=0.1 if name else 72)
     except ForgeError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -14,7 +14,7 @@ from ..errors import ConflictError
 from ..reporting import Table
 from .bootstrap import Difference, paired_bootstrap
 from .ranking import Ranking, rank
-from .report import page
+from .report import notes, page
 from .result import REPORT, EvaluatedSample, EvaluationResult
 from .systems import SystemScores
 
@@ -79,8 +79,7 @@ class Comparison:
         table = Table(("figure", *(result.model for result in self.results)), title="Evaluation, side by side")
         for name in dict.fromkeys(name for one in figures for name in one):
             table.add(name, *(one.get(name, "-") for one in figures))
-        notes = dict.fromkeys(note for result in self.results for note in result.notes)
-        table.footer = "\n".join([*self.conclusions(), *notes])
+        table.footer = "\n".join([*self.conclusions(), *notes(self.results)])
         return table
 
 

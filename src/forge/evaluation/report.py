@@ -29,17 +29,26 @@ def page(results: Sequence[EvaluationResult], comparison: Comparison | None = No
         made.heading("What may be concluded")
         for line in comparison.conclusions():
             made.notice(line, kind="note")
-    for note in dict.fromkeys(note for result in results for note in result.notes):
+    for note in notes(results):
         made.notice(note, kind="note")
-    made.heading("How it was measured")
-    made.table(("setting", *names), _settings(results))
     answered = [place for place, one in enumerate(results[0].samples) if one.answer is not None]
     if answered:
         made.heading("Answers" if len(results) == 1 else "Answers, side by side")
         if len(answered) > MOST_SAMPLES:
             made.text(f"The first {MOST_SAMPLES} of {len(answered)}; result.json has them all.")
         made.table(("question", "reference", *names), [_row(results, place) for place in answered[:MOST_SAMPLES]])
+    made.heading("How it was measured")
+    made.table(("setting", *names), _settings(results))
     return made
+
+
+def notes(results: Sequence[EvaluationResult]) -> list[str]:
+    """The notes of all; those that not all share say whose they are."""
+    said = []
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        whose = [result.model for result in results if note in result.notes]
+        said.append(note if len(whose) == len(results) else f"{', '.join(whose)}: {note}")
+    return said
 
 
 def _settings(results: Sequence[EvaluationResult]) -> list[tuple[str, ...]]:
@@ -49,7 +58,7 @@ def _settings(results: Sequence[EvaluationResult]) -> list[tuple[str, ...]]:
 
 def _flat(values: object, name: str = "") -> dict[str, str]:
     if not isinstance(values, dict):
-        return {name: f"{values:g}" if isinstance(values, float) else str(values)}
+        return {} if values is None else {name: f"{values:g}" if isinstance(values, float) else str(values)}
     return {
         key: text
         for inner, value in values.items()
@@ -67,7 +76,7 @@ def _answer(sample: EvaluatedSample) -> str:
     if sample.bert_f1 is not None:
         scores.append(f"F1 {sample.bert_f1:.3f}")
     if sample.was_judged:
-        scores.append("judge failed" if sample.judge_score is None else f"judge {sample.judge_score:g}")
+        scores.append("judge failed" if sample.judge_score is None else f"judge {sample.judge_score:.1f}")
     if sample.cut:
         scores.append("cut short")
     said = f"{sample.answer or '(empty)'}\n[{', '.join(scores)}]" if scores else sample.answer or "(empty)"
