@@ -218,7 +218,7 @@ def test_an_answer_that_opens_a_conversation_is_context():
     data = prepare_dataset(rows, tokenizer)
     row = data.train[0]
     assert learnt_text(tokenizer, row["input_ids"], row["labels"]) == ["b<|im_end|>"]
-    assert data.report.train.dropped == {"nothing is asked before its only answer": [1]}
+    assert data.report.train.dropped == {"no answer that can be learnt": [1]}
 
 
 def test_a_slow_tokenizer_is_refused(tokenizer):

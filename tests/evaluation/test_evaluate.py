@@ -5,6 +5,8 @@ import math
 import pytest
 
 from forge import BertScore, ConflictError, EvaluationResult, compare_results, evaluate_model, prepare_dataset
+from forge.evaluation.loss import held_out_loss
+from forge.evaluation.result import EvaluatedSample
 from forge.evaluation.scoring import score_answers
 from support.data import dpo_preferences, sft_messages, sft_prompt_completion, sft_text
 from support.models import lora, text_model
@@ -202,3 +204,176 @@ def test_what_cannot_be_compared_is_refused(model, tokenizer):
         compare_results(first)
     with pytest.raises(ConflictError, match="Two results are called 'a'"):
         compare_results(first, first)
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # PEFT, of what generate() hands it
+def test_prompt_tuning_is_read_behind_its_virtual_tokens(tokenizer):
+    import peft
+    import torch
+
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model = peft.get_peft_model(text_model(layers=2), config).eval()
+    ids = torch.randint(3, 240, (1, 20))
+    expected = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.item()
+    # The model's own loss also counts the first token, which comes after the virtual ones.
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -21:-1]
+    own = torch.nn.functional.cross_entropy(logits[0], ids[0], reduction="none")
+    assert expected == pytest.approx(own.mean().item(), rel=1e-4)
+    assert held_out_loss(model, ids.tolist(), ids.tolist()).mean == pytest.approx(own[1:].mean().item(), rel=1e-4)
+    assert evaluate_model(model, tokenizer, sft_messages(2), **OFF).model.endswith("with adapter")
+
+
+def test_the_precision_that_a_trainer_left_behind_changes_nothing(tokenizer, make_trainer):
+    rows, options = sft_messages(6), {**OFF, "max_new_tokens": 8}
+    model = text_model(layers=2)
+    before = evaluate_model(model, tokenizer, rows, name="before", **options)
+    trainer = make_trainer("sft", model, bf16=True, learning_rate=0.0, max_steps=1)
+    trainer.train()
+    assert "_original_forward" in model.__dict__, "accelerate no longer leaves its autocast: the unwrapping can go"
+    wrapped = model.forward
+    after = evaluate_model(model, tokenizer, rows, name="after", **options)
+    assert after.samples == before.samples
+    assert model.forward is wrapped
+
+
+def test_rows_that_are_padded_count_without_their_padding(model, tokenizer):
+    rows = list(prepare_dataset(sft_messages(4), tokenizer).train)
+    wide = max(len(row["input_ids"]) for row in rows)
+    padded = []
+    for row in rows:
+        missing = wide - len(row["input_ids"])
+        padded.append(
+            {
+                "input_ids": [0] * missing + row["input_ids"],
+                "labels": [-100] * missing + row["labels"],
+                "attention_mask": [0] * missing + [1] * len(row["input_ids"]),
+            }
+        )
+    from datasets import Dataset
+
+    plain = evaluate_model(model, tokenizer, Dataset.from_list(rows), **OFF)
+    left = evaluate_model(model, tokenizer, Dataset.from_list(padded), **OFF)  # nothing but tokens: a loss only
+    assert left.answered == ()
+    assert left.loss == plain.loss
+    assert [one.digest for one in left.samples] == [one.digest for one in plain.samples]
+
+
+def test_texts_that_differ_are_not_compared(model, tokenizer):
+    first, second = [{"text": f"abcdefg {i}"} for i in range(8)], [{"text": f"gfedcba {i}"} for i in range(8)]
+    results = [
+        evaluate_model(model, tokenizer, rows, name=name, **OFF)
+        for name, rows in zip("ab", (first, second), strict=True)
+    ]
+    with pytest.raises(ConflictError, match="0 agree"):
+        compare_results(results)
+
+
+def result(name, *samples, **settings):
+    return EvaluationResult(name, samples, settings)
+
+
+def test_what_could_not_be_compared_is_said():
+    one = {"prompt": "q", "reference": "r", "answer": "a", "tokens": 2, "digest": "d"}
+    plain = EvaluatedSample(**one, nll=2.0)
+    scored = EvaluatedSample(**one, nll=1.0, bert_f1=0.5)
+    found = compare_results(result("a", plain, max_new_tokens=16), result("b", scored, max_new_tokens=256))
+    assert found.ranking is None
+    assert "a has no BERTScore" in str(found)
+    assert "max_new_tokens (a 16, b 256)" in " ".join(found.conclusions())
+    other = EvaluatedSample(**{**one, "digest": "e"}, nll=1.0)
+    assert "of different tokens" in " ".join(compare_results(result("a", plain), result("b", other)).conclusions())
+    broken = EvaluatedSample(**one, nll=math.nan)
+    assert "that of b is not finite" in " ".join(compare_results(result("a", plain), result("b", broken)).conclusions())
+
+
+def test_the_combined_score_of_a_comparison_is_that_of_its_ranking():
+    def samples(scores):
+        one = {"prompt": "q", "reference": "r", "answer": "a", "bert_f1": 0.5}
+        return [EvaluatedSample(**one, judge_score=score, judge_error=None if score else "no") for score in scores]
+
+    judge = {"name": "j", "identity": "1"}
+    a, b = (
+        result(name, *samples(scores), judge=judge)
+        for name, scores in {"a": [90.0, 90.0, None, None], "b": [90.0, 90.0, 10.0, 10.0]}.items()
+    )
+    found = compare_results(a, b)
+    assert a.combined > b.combined
+    assert [figures["combined"] for figures in found.figures()] == ["0.7400", "0.7400"]
+    c = result("c", *[EvaluatedSample(prompt="q", reference="r", answer="a", bert_f1=0.5)] * 4)
+    assert all("combined" not in figures for figures in compare_results(a, c).figures())
+    with pytest.raises(ConflictError, match="different judges"):
+        compare_results(a, result("d", *samples([90.0] * 4), judge={"name": "j", "identity": "2"}))
+
+
+def test_a_loss_that_is_not_finite_is_valid_json_and_comes_back(tmp_path):
+    broken = result("a", EvaluatedSample(prompt="q", nll=math.nan, tokens=3))
+    broken.save(tmp_path)
+    text = (tmp_path / "result.json").read_text()
+    assert "NaN" not in text
+    assert math.isnan(EvaluationResult.load(tmp_path / "report.html").loss.mean)
+
+
+def test_why_a_judge_failed_stands_in_the_table(model, tokenizer, scripted_judge):
+    from forge import ForgeWarning, get_judge
+    from support.judge import Reply
+
+    with scripted_judge(lambda _: Reply("wrong key", status=401)) as judge:
+        critic = get_judge("openai", base_url=judge.url, model="m", api_key="k", cache=False)
+        with pytest.warns(ForgeWarning, match="given up"):
+            found = evaluate_model(model, tokenizer, sft_messages(3), judge=critic, **OFF)
+    assert "LLM judge: no score on 0 of" in str(found)
+    assert "401" in str(found)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(model, tokenizer):
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.add_tokens([f"<new{i}>" for i in range(20)])
+    assert tokenizer.pad_token_id < 256 < len(tokenizer)
+    tokenizer.pad_token = "<new19>"
+    assert tokenizer.pad_token_id >= 256
+    assert len(evaluate_model(model, tokenizer, sft_messages(3), **OFF).answered) > 0
+    with pytest.raises(ConflictError, match="not resized"):
+        evaluate_model(model, tokenizer, [{"prompt": "<new18>", "completion": "b"}], **OFF)
+
+
+def test_samples_beyond_the_context_are_refused(model, tokenizer):
+    rows = [{"prompt": "a", "completion": "b" * 300}]
+    with pytest.raises(ConflictError, match=r"1 of 1 samples are longer .* max_length=128"):
+        evaluate_model(model, tokenizer, rows, **OFF)
+
+
+@pytest.mark.parametrize("change", [{"model": "an-id"}, {"name": 5}])
+def test_what_people_type(model, tokenizer, change):
+    options = {"model": model, **OFF, **change}
+    with pytest.raises(ConflictError, match="a model that is loaded"):
+        evaluate_model(options.pop("model"), tokenizer, sft_messages(2), **options)
+
+
+def test_encoders_of_one_name_are_told_apart_by_their_weights(minilm, tmp_path, model, tokenizer):
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / minilm.name
+    shutil.copytree(minilm, other)
+    weights = load_file(other / "model.safetensors")
+    name = next(key for key in weights if "layer.0.attention.self.query.weight" in key)
+    save_file({**weights, name: weights[name] + torch.randn_like(weights[name])}, other / "model.safetensors")
+    results = [
+        evaluate_model(
+            model, tokenizer, sft_messages(3), name=str(folder), **{**OFF, "bert_score": BertScore(folder, 2)}
+        )
+        for folder in (minilm, other)
+    ]
+    with pytest.raises(ConflictError, match="different encoders"):
+        compare_results(*results)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_model_that_judges_itself_is_named_as_such(model, tokenizer, adapted):
+    import peft
+
+    judged = peft.get_peft_model(model, lora()) if adapted else model
+    found = evaluate_model(judged, tokenizer, sft_messages(2), judge="local", judge_samples=1, **OFF)
+    assert any("the evaluated model itself" in note for note in found.notes) == (not adapted)

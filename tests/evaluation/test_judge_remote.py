@@ -370,9 +370,14 @@ def test_a_server_on_this_machine_needs_no_key_and_is_not_sent_openais(monkeypat
     assert KEY not in str(server.requests[0].headers)
 
 
-def test_a_password_in_the_address_is_refused():
-    with pytest.raises(ConflictError, match="contains a password"):
-        get_judge("openai", base_url="http://me:secret@127.0.0.1/v1", model="m")
+@pytest.mark.parametrize(
+    "address",
+    ["http://me:secret@127.0.0.1/v1", "http://secret@127.0.0.1/v1", "http://127.0.0.1/v1?api_key=secret"],
+)
+def test_a_secret_in_the_address_is_refused_and_not_repeated(address):
+    with pytest.raises(ConflictError, match="contains a user, a password or a query") as error:
+        get_judge("openai", base_url=address, model="m")
+    assert "secret" not in str(error.value)
 
 
 def test_another_server_needs_its_model_named(monkeypatch):

@@ -24,6 +24,7 @@ class Tokens:
         ids: of the whole; of a preference, of the prompt with the chosen answer.
         learnt: for each whether a model is trained to say it.
         unlearnt_turns: answers that are only context.
+        unwritten: messages that say something that the chat template does not write.
         prompt: of a preference, how many tokens are the prompt's.
         rejected: of a preference, the ids of the prompt with the rejected answer.
     """
@@ -33,6 +34,7 @@ class Tokens:
     unlearnt_turns: int = 0
     prompt: int = 0
     rejected: Sequence[int] | None = None
+    unwritten: int = 0
 
     @property
     def length(self) -> int:
@@ -66,7 +68,7 @@ class Encoder:
             return self._plain(str(sample.prompt), str(sample.answer))
         assert self.template is not None
         found = self.template.encode(sample.prompt + sample.answer, len(sample.prompt), sample.tools, sample.options)
-        return Tokens(found.ids, found.learnt, found.unlearnt_turns)
+        return Tokens(found.ids, found.learnt, found.unlearnt_turns, unwritten=found.unwritten)
 
     def _plain(self, prompt: str, answer: str) -> Tokens:
         """Text, tokenised whole as TRL does, so that words at the seam are what they are in running text."""

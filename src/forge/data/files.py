@@ -5,7 +5,10 @@ JSON and CSV are read without Arrow, whose readers want one type a column and do
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,23 +100,25 @@ def _around(text: str, position: int) -> str:
 
 
 def _read_table(path: Path) -> list[Row]:
-    import pandas as pd  # type: ignore[import-untyped]
-
+    # Everything is text: an answer "007" is no number, and one that says "NA" is not missing.
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    lines = csv.reader(io.StringIO(_text(path), newline=""), delimiter=separator)
+    before = csv.field_size_limit(sys.maxsize)  # the module's own limit would refuse a long document
     try:
-        # Everything is text: an answer "007" is no number, and one that says "NA" is not missing.
-        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        _text(path)
-        raise
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise ForgeError(
-            f"{path} cannot be read: {str(error).strip()}. Quote fields that hold the separator or line ends."
-        ) from None
-    rows: list[Row] = [
-        {column: value if isinstance(value, str) else None for column, value in row.items()}
-        for row in table.to_dict("records")
-    ]
+        header = next(lines, [])
+        rows: list[Row] = []
+        for fields in lines:
+            if len(fields) == len(header):
+                rows.append(dict(zip(header, fields, strict=True)))
+            elif fields:
+                raise ForgeError(
+                    f"{path}, line {lines.line_num}: {len(fields)} fields under a header of {len(header)} "
+                    f"({', '.join(header)}). Quote fields that hold the separator or line ends."
+                )
+    except csv.Error as error:
+        raise ForgeError(f"{path}, line {lines.line_num}: {error}.") from None
+    finally:
+        csv.field_size_limit(before)
     return rows
 
 

@@ -81,8 +81,37 @@ def _message(message: Any, path: str) -> dict[str, Any]:
     content = _content(message.get(content_key), f"{path}.{content_key}")
     if content is None and not message.get("tool_calls"):
         raise BadValueError(f"{path}.{content_key}", "missing")
-    rest = {key: held for key, held in message.items() if key not in (role_key, content_key)}
-    return {"role": role, "content": content or "", **rest}
+    rest = {key: held for key, held in message.items() if key not in (role_key, content_key, *_WEIGHTS)}
+    weight = {} if _counts(message, path) else {"weight": 0}
+    if calls := rest.get("tool_calls"):
+        rest["tool_calls"] = [_with_arguments(call) for call in calls] if isinstance(calls, list) else calls
+    return {"role": role, "content": content or "", **rest, **weight}
+
+
+# OpenAI's format and others say by these keys that an answer is context and not to be learnt.
+_WEIGHTS = ("weight", "train", "training")
+
+
+def _counts(message: dict[str, Any], path: str) -> bool:
+    for key in _WEIGHTS:
+        if key in message and message[key] not in (0, 1):
+            raise BadValueError(f"{path}.{key}", f"{describe(message[key])}, where 0 or 1 (false or true) belongs")
+    return all(message[key] for key in _WEIGHTS if key in message)
+
+
+def _with_arguments(call: Any) -> Any:
+    """A call whose arguments are an object: OpenAI's format holds its JSON, which templates would write as a string."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except json.JSONDecodeError:
+        return call
+    if not isinstance(arguments, dict):
+        return call
+    parsed = {**function, "arguments": arguments}
+    return {**call, "function": parsed} if "function" in call else parsed
 
 
 def _content(content: Any, path: str) -> str | None:

@@ -67,9 +67,12 @@ def _said(values: list[Any], format: str) -> Any:
     """A column of conversations; as JSON where messages hold what has no type in common (arguments of tool calls)."""
     import pyarrow as pa
 
+    called = any(isinstance(m, dict) and m.get("tool_calls") for said in values if isinstance(said, list) for m in said)
     try:
+        if called and format != "preference":  # Arrow would give all arguments one type, and 1 come back as 1.0
+            raise pa.ArrowTypeError("calls of tools")
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         if format == "preference":  # DPOTrainer reads the messages themselves
             raise UnsupportedError(
                 f"The messages of these preferences have no type in common, as a data set needs ({error}). Write the "

@@ -14,13 +14,13 @@ from .lengths import Lengths, lost, shortest_that_keeps
 from .output import dataset as output
 from .prepared import PreparedData
 from .read import read
-from .remarks import notes, notes_on_rows, warnings_on_length, warnings_on_words
+from .remarks import notes, notes_on_rows, warnings_on_length, warnings_on_unwritten, warnings_on_words
 from .report import DataReport, SplitReport
 from .rows import CUT_AWAY, UNPROVEN, Sample
 from .source import Rows, load
 from .split import split, wanted_rows, without_leakage
 from .tokens import pad_token_id
-from .way import Way, find_way
+from .way import Way, find_way, rendered_before
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -66,7 +66,9 @@ def prepare_dataset(
         ConflictError: no format fits or several do, or the validation set would be empty.
         UnsupportedError: no chat template, or one of which nobody can say what it would teach.
     """
-    if max_length is not None and (isinstance(max_length, bool) or max_length < 2):
+    if isinstance(tokenizer, str):
+        raise ConflictError(f"tokenizer={tokenizer!r}: load it first, AutoTokenizer.from_pretrained({tokenizer!r}).")
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2):
         raise ConflictError(f"max_length={max_length!r}: a row needs two tokens at least for one to be learnt.")
     rows = load(dataset)
     held_out = _validation(rows, validation)
@@ -92,6 +94,7 @@ def prepare_dataset(
         ),
         warnings=(
             *warnings_on_length(layout, max_length, done["train"].lengths),
+            *warnings_on_unwritten(sum(side.unwritten for side in done.values())),
             *warnings_on_words(way, [sample for side in sides.values() for sample in side.samples]),
         ),
     )
@@ -141,6 +144,11 @@ def _sides(
             "must measure what training teaches; pass rows of the same kind."
         )
     validation = _Side("validation", len(held_out), *read(held_out, other, chat=way.chat))
+    if way.template is not None and rendered_before(held_out, other, way.template) != way.rendered:
+        raise ConflictError(
+            f"The prompts of {rows.name} {'have' if way.rendered else 'have not'} been through the chat template "
+            f"already, and those of {held_out.name} the other way round. Prepare both alike."
+        )
     way.check(validation.samples)
     validation.check()
     train.samples, leaking = without_leakage(train.samples, validation.samples)
@@ -179,6 +187,7 @@ class _Done:
     dataset: Dataset
     lengths: list[int]
     unlearnt: int
+    unwritten: int
     report: SplitReport
 
 
@@ -196,7 +205,8 @@ def _finish(side: _Side, encoder: Encoder, format: FormatName, max_length: int |
     side.samples = [sample for sample, _ in kept]
     side.check()
     rows = [row for _, row in kept]
-    lengths = [row.length for row in rows]
+    # Also of the rows of which nothing is left: they lose the most.
+    lengths = [row.length for row in tokens if any(row.learnt)]
     cut_rows, cut_tokens = (0, 0) if max_length is None else lost(lengths, max_length)
     report = SplitReport(
         name=side.name,
@@ -209,7 +219,13 @@ def _finish(side: _Side, encoder: Encoder, format: FormatName, max_length: int |
         truncated_tokens=cut_tokens,
         dropped={reason: sorted(numbers) for reason, numbers in side.dropped.items()},
     )
-    return _Done(output(side.samples, rows, format, max_length), lengths, sum(r.unlearnt_turns for r in rows), report)
+    return _Done(
+        output(side.samples, rows, format, max_length),
+        lengths,
+        sum(r.unlearnt_turns for r in rows),
+        sum(r.unwritten for r in tokens),
+        report,
+    )
 
 
 def _said_of(held_out: Rows | float | int | None) -> str | None:

@@ -38,7 +38,10 @@ def notes(layout: Layout, way: Way, tokenizer: PreTrainedTokenizerBase, columns:
 def notes_on_rows(samples: Sequence[Sample], unlearnt_turns: Sequence[int]) -> Iterator[str]:
     """On what of the rows is not learnt."""
     if turns := sum(unlearnt_turns):
-        yield f"{turns:,} answers are only context: nothing is asked before them, or the template rewrites them"
+        yield (
+            f"{turns:,} answers are only context: their weight is 0, nothing is asked before them, or the chat "
+            "template does not write them as they were said"
+        )
     if left := sum(bool(sample.unanswered) for sample in samples):
         yield f"{left:,} conversations end with messages that nobody answers, which were left out"
     if sum(isinstance(sample.rejected, str) for sample in samples) == len(samples):
@@ -58,6 +61,15 @@ def warnings_on_length(layout: Layout, max_length: int | None, lengths: Sequence
             )
     elif preference and max_length is not None and max_length != limit and max(lengths) > max_length:
         yield f"preferences are tokenised, and cut, by DPOTrainer: pass DPOConfig(max_length={max_length})"
+
+
+def warnings_on_unwritten(messages: int) -> Iterator[str]:
+    """On words that the chat template leaves out."""
+    if messages:
+        yield (
+            f"the chat template does not write all that {messages:,} messages say (calls and results of tools, or "
+            "roles, that it does not know): the model will not see it"
+        )
 
 
 def warnings_on_words(way: Way, samples: Sequence[Sample]) -> Iterator[str]:

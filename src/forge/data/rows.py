@@ -19,7 +19,7 @@ NO_ANSWER = "no assistant message"
 EMPTY_ANSWER = "empty answer"
 NO_PREFERENCE = "chosen and rejected are the same"
 DUPLICATE = "exact duplicate of an earlier row"
-UNPROVEN = "nothing is asked before its only answer"
+UNPROVEN = "no answer that can be learnt"
 CUT_AWAY = "nothing of the answer left after max_length"
 
 
@@ -54,16 +54,28 @@ class Sample:
     def key(self) -> str:
         """What rows that must not be on both sides of a split share: the hash of the prompt, normalised.
 
-        That is everything before the first answer, without the system prompt; case, white space and Unicode's
-        compatibility forms make no difference. Where nothing comes before, it is the whole.
+        That is the first question: everything before the first answer to a user, without the system prompt and a
+        greeting; case, runs of white space and Unicode's compatibility forms make no difference. Where nothing is
+        asked, it is the whole.
         """
         if isinstance(self.prompt, str) or isinstance(self.answer, str):
-            said = [str(self.prompt)] if self.prompt else [str(self.answer)]
+            # Dialogues in text (HH's) have their first question before the first answer.
+            said = [str(self.prompt).split(_TEXT_ANSWER)[0]] if self.prompt else [str(self.answer)]
         else:
             whole = self.prompt + self.answer
-            first = next((i for i, message in enumerate(whole) if message["role"] == "assistant"), len(whole))
-            asked = [message["content"] for message in whole[:first] if message["role"] not in ("system", "developer")]
+            roles = [message["role"] for message in whole]
+            user = roles.index("user") if "user" in roles else 0
+            first = next((i for i in range(user, len(whole)) if roles[i] == "assistant"), len(whole))
+            asked = [whole[i]["content"] for i in range(user, first) if roles[i] not in _SYSTEM]
             said = asked if any(text.strip() for text in asked) else [message["content"] for message in whole]
+        return _digest("\x1f".join(_normalised(text) for text in said))
+
+    @property
+    def system(self) -> str:
+        """The hash of the system prompt, normalised; that of nothing without one."""
+        if isinstance(self.prompt, str):
+            return _digest("")
+        said = [message["content"] for message in self.prompt if message["role"] in _SYSTEM]
         return _digest("\x1f".join(_normalised(text) for text in said))
 
     @property
@@ -73,6 +85,10 @@ class Sample:
         if not isinstance(self.prompt, str) and not isinstance(self.answer, str) and self.rejected is None:
             parts = (self.prompt + self.answer, None, None, self.tools, self.options)
         return _digest(json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str))
+
+
+_SYSTEM = ("system", "developer")
+_TEXT_ANSWER = "\n\nAssistant:"
 
 
 def _normalised(text: str) -> str:
@@ -178,8 +194,8 @@ def _preferred_messages(
         # A prompt of text beside whole conversations is their first question, said again.
         found = extract_prompt({"chosen": left, "rejected": right})
         asked, left, right = found["prompt"], found["chosen"], found["rejected"]
-        if not asked and isinstance(prompt, str) and prompt.strip():
-            asked = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str) and prompt.strip():
+            asked = _with_question(prompt, asked, columns)
     if not asked:
         raise BadValueError(columns["chosen"], "begins differently from rejected, and there is no prompt")
     asked = _with_system(system, asked)
@@ -190,6 +206,19 @@ def _preferred_messages(
         return NO_PREFERENCE
     best.rejected, best.unanswered = other.answer, best.unanswered + other.unanswered
     return best
+
+
+def _with_question(prompt: str, shared: Messages, columns: dict[str, str]) -> Messages:
+    """What both sides begin with, and the question beside them, which it begins with or answers."""
+    before = [message for message in shared if message["role"] in _SYSTEM]
+    rest = shared[len(before) :]
+    if not rest or rest[0]["role"] != "user":
+        return [*before, {"role": "user", "content": prompt}, *rest]
+    if rest[0]["content"].strip() != prompt.strip():
+        raise BadValueError(
+            columns["prompt"], f"{describe(prompt)}, while the conversations begin with {describe(rest[0]['content'])}"
+        )
+    return shared
 
 
 def _preferred_texts(values: dict[str, Any], columns: dict[str, str], system: str, chat: bool) -> Sample | str:

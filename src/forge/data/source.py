@@ -80,6 +80,8 @@ def load(source: Any, *, name: str = "dataset") -> Rows:
         )
     if isinstance(source, datasets.Dataset):
         # Torch or NumPy formats would hand out arrays where text and lists are expected.
+        if source.format["type"] == "custom":  # a transform makes the rows, so they are what it makes
+            return _listed(name, [source[number] for number in range(len(source))])
         return _rows(name, source.with_format(None), tuple(source.column_names))
     if isinstance(source, Mapping) or not isinstance(source, Sequence):
         raise UnsupportedError(

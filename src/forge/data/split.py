@@ -49,7 +49,7 @@ def split(samples: Sequence[Sample], wanted: int) -> tuple[list[Sample], list[Sa
     Raises:
         ConflictError: all rows ask the same, so one side would be empty.
     """
-    keys = [sample.key for sample in samples]
+    keys = keys_of(samples)
     sizes: dict[str, int] = {}
     for key in keys:
         sizes[key] = sizes.get(key, 0) + 1
@@ -72,9 +72,21 @@ def split(samples: Sequence[Sample], wanted: int) -> tuple[list[Sample], list[Sa
 
 def without_leakage(train: Sequence[Sample], validation: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     """The training rows that ask nothing that validation asks, and the others."""
-    asked = {sample.key for sample in validation}
+    keys = keys_of([*train, *validation])
+    asked = set(keys[len(train) :])
     kept: list[Sample] = []
     leaking: list[Sample] = []
-    for sample in train:
-        (leaking if sample.key in asked else kept).append(sample)
+    for sample, key in zip(train, keys, strict=False):
+        (leaking if key in asked else kept).append(sample)
     return kept, leaking
+
+
+def keys_of(samples: Sequence[Sample]) -> list[str]:
+    """What each row asks. Where system prompts hold what rows ask about (documents), they are part of it.
+
+    They do when there are more different system prompts than different questions.
+    """
+    questions, systems = [sample.key for sample in samples], [sample.system for sample in samples]
+    if len(set(systems)) <= len(set(questions)):
+        return questions
+    return [system + question for system, question in zip(systems, questions, strict=True)]

@@ -8,12 +8,15 @@ that the template writes after answers. A template that keeps none of the three 
 
 from __future__ import annotations
 
+import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from ..compat import has_generation_markers
 from .skeleton import Skeleton, Spans, skeleton
 from .tokens import Messages, TemplateRefusalError, control_tokens, render, shared_length
 
@@ -35,12 +38,14 @@ class Encoded:
         ids: the tokens.
         learnt: for each, whether it is the assistant's.
         unlearnt_turns: how many answers are only context, because what the template writes of them is not what the
-            assistant said, or not what it would have to say next time.
+            assistant said, or not what it would have to say next time; or because their weight is 0.
+        unwritten: how many messages say something that the template does not write.
     """
 
     ids: list[int]
     learnt: list[bool]
     unlearnt_turns: int = 0
+    unwritten: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,30 +90,36 @@ class ChatTemplate:
         """
         if self.marked:
             return self._by_markers(messages, first, tools, options)
+        if self.origin == "TRL" and self._has_markers and _uncommon(messages, tools):
+            # Where tools speak between the answers, TRL knows better where one ends than the first stop token does.
+            try:
+                return self._by_markers(messages, first, tools, options)
+            except TemplateRefusalError:
+                pass
         return self._by_prefix(messages, first, tools, options)
 
     def _by_markers(
         self, messages: Messages, first: int, tools: list[Any] | None, options: dict[str, Any] | None
     ) -> Encoded:
         ids, marked = marked_answers(self.tokenizer, messages, self.text, tools, options)
-        spans = runs(marked)
-        if first or self.origin == "TRL":
+        spans, kept = runs(marked), None
+        if first or self.origin == "TRL" or any(map(_is_context, messages)):
             turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
             if len(turns) != len(spans):
                 raise TemplateRefusalError(
                     f"it marks {len(spans)} stretches as the assistant's, and the conversation has {len(turns)} answers"
                 )
-            spans = [span for span, turn in zip(spans, turns, strict=True) if turn >= first]
-            turns = [turn for turn in turns if turn >= first]
+            kept = [(span, turn) for span, turn in zip(spans, turns, strict=True) if turn >= first]
+            asked = len(kept)
+            kept = [(span, turn) for span, turn in kept if not _is_context(messages[turn])]
             if self.origin == "TRL":
-                said = [messages[:turn] for turn in turns]
-                spans = [
-                    self._narrowed(ids, span, before, tools, options) for span, before in zip(spans, said, strict=True)
-                ]
+                kept = [(self._narrowed(ids, span, messages[:turn], tools, options), turn) for span, turn in kept]
+            spans = [span for span, _ in kept if span[0] < span[1]]
         learnt = [False] * len(ids)
         for start, end in spans:
             learnt[start:end] = [True] * (end - start)
-        return Encoded(ids, learnt)
+        unlearnt = asked - len(spans) if kept is not None else 0
+        return Encoded(ids, learnt, unlearnt, self._unwritten(messages, tools, options))
 
     def _narrowed(
         self,
@@ -124,7 +135,12 @@ class ChatTemplate:
             said: dict[str, Any] = {"chat_template": self.text, "tools": tools, "options": options}
             prompt = render(self.tokenizer, before, add_generation_prompt=True, **said)
             asked = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            start = max(start, shared_length(ids, asked))
+            shared = shared_length(ids, asked)
+            if (
+                shared < start
+            ):  # what was asked is written otherwise once more follows: whose words these are is unknown
+                return start, start
+            start = max(start, shared)
         last = next((index for index in range(end - 1, start - 1, -1) if ids[index] in self.ends), end - 1)
         return start, last + 1
 
@@ -135,10 +151,21 @@ class ChatTemplate:
         spans = self._quickly(messages, whole, first) if not tools and not options else None
         if spans is None:
             spans = list(self._find(messages, whole, first, tools, options).values())
+            unwritten = _unwritten(messages, whole)
+        else:
+            unwritten = 0
         asked = sum(message["role"] == "assistant" for message in messages[first:])
         encoding = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
         ids = list(encoding["input_ids"])
-        return Encoded(ids, _covered(encoding["offset_mapping"], spans), asked - len(spans))
+        headers = {index for index, token in enumerate(ids) if token in self._controls}
+        return Encoded(ids, _covered(encoding["offset_mapping"], spans, headers), asked - len(spans), unwritten)
+
+    def _unwritten(self, messages: Messages, tools: list[Any] | None, options: dict[str, Any] | None) -> int:
+        if not _uncommon(messages, tools):
+            return 0
+        return _unwritten(
+            messages, render(self.tokenizer, messages, chat_template=self.text, tools=tools, options=options)
+        )
 
     def _quickly(self, messages: Messages, whole: str, first: int) -> Spans | None:
         """The answers' places by the skeleton of these roles, if there is one and it fits."""
@@ -164,14 +191,17 @@ class ChatTemplate:
         options: dict[str, Any] | None,
     ) -> dict[int, tuple[int, int]]:
         """The places in the text of the answers that can be learnt, by the index of the message."""
-        spans = {}
+        spans: dict[int, tuple[int, int]] = {}
         for index in range(first, len(messages)):
             last = index == len(messages) - 1
             # Before the first message nothing was said that a template could be asked to render.
             if messages[index]["role"] != "assistant" or not index or not (last or self.every_turn):
                 continue
+            if _is_context(messages[index]):
+                continue
             start, end = self._span(whole, messages, index, tools, options)
-            if last or str(messages[index]["content"]).strip() in whole[start:end]:
+            before = max((stop for _, stop in spans.values()), default=0)
+            if start >= before and _is_its_own(messages, index, whole[start:end]):
                 spans[index] = (start, end)
         return spans
 
@@ -198,7 +228,26 @@ class ChatTemplate:
         """The control tokens that the template itself writes, in the tokenizer's spelling."""
         controls = control_tokens(self.tokenizer)
         written = render(self.tokenizer, probe(4), chat_template=self.text)
-        return frozenset(spelling for spelling in controls.values() if spelling in written)
+        special = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special |= set(self.tokenizer.all_special_ids)
+        return frozenset(text for index, text in controls.items() if index in special and text in written)
+
+    @cached_property
+    def opening(self) -> str:
+        """What the template writes after a question to have it answered; empty where it writes nothing."""
+        asked, alone = (
+            render(self.tokenizer, probe(1), chat_template=self.text, add_generation_prompt=prompt)
+            for prompt in (True, False)
+        )
+        return asked[len(alone) :].strip() if asked.startswith(alone) else ""
+
+    @cached_property
+    def _controls(self) -> frozenset[int]:
+        return frozenset(control_tokens(self.tokenizer))
+
+    @cached_property
+    def _has_markers(self) -> bool:
+        return has_generation_markers(self.text or self.tokenizer.get_chat_template())
 
     @cached_property
     def _stop(self) -> re.Pattern[str]:
@@ -257,14 +306,59 @@ def runs(marked: list[int]) -> Spans:
     return found
 
 
-def _covered(offsets: list[tuple[int, int]], spans: Spans) -> list[bool]:
-    """For each token whether it reaches into one of the stretches of text, which are in order."""
+def _uncommon(messages: Messages, tools: list[Any] | None) -> bool:
+    """Whether there is more than questions and answers after at most one system message."""
+    roles = [message["role"] for message in messages]
+    return bool(tools) or any(
+        role in ("tool", "developer") or (role == "system" and index) or messages[index].get("tool_calls")
+        for index, role in enumerate(roles)
+    )
+
+
+def _is_context(message: dict[str, Any]) -> bool:
+    """Whether an answer is not to be learnt: OpenAI's format says so by a weight of 0."""
+    return message.get("weight") == 0
+
+
+def _is_its_own(messages: Messages, index: int, written: str) -> bool:
+    """Whether a stretch of text says all that the answer says, and nothing that another message after it says."""
+    message = messages[index]
+    said, calls = str(message["content"]).strip(), _called(message)
+    if not (said or calls) or said not in written or not all(name in written for name in calls):
+        return False
+    others = [str(other["content"]).strip() for other in messages[index + 1 :]]
+    known = "\n".join(str(other["content"]) for other in messages[: index + 1]) + json.dumps(message.get("tool_calls"))
+    return not any(len(other) > 2 and other in written and other not in known for other in others)
+
+
+def _called(message: dict[str, Any]) -> list[str]:
+    calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, dict)]
+    return [str(call["name"]) for call in calls if isinstance(call, dict) and "name" in call]
+
+
+def _unwritten(messages: Messages, whole: str) -> int:
+    """How many messages say something that is not in the text, as it is or as JSON."""
+    lost = 0
+    for message in messages:
+        said = str(message["content"]).strip()
+        there = said in whole or json.dumps(said)[1:-1] in whole or json.dumps(said, ensure_ascii=False)[1:-1] in whole
+        with suppress(TypeError, ValueError):  # results of tools are JSON that some templates write anew
+            there = there or all(str(value) in whole for value in dict(json.loads(said)).values())
+        lost += not (there and all(name in whole for name in _called(message)))
+    return lost
+
+
+def _covered(offsets: list[tuple[int, int]], spans: Spans, headers: set[int]) -> list[bool]:
+    """For each token whether it reaches into one of the stretches of text, which are in order.
+
+    A control token that begins before a stretch (some swallow the white space after them) is none of it.
+    """
     covered, position = [False] * len(offsets), 0
     for start, end in spans:
         while position < len(offsets) and offsets[position][1] <= start:
             position += 1
         while position < len(offsets) and offsets[position][0] < end:
-            covered[position] = True
+            covered[position] = not (position in headers and offsets[position][0] < start)
             position += 1
     return covered
 

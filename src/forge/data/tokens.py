@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import dropwhile, takewhile
 from typing import TYPE_CHECKING, Any
@@ -130,19 +131,34 @@ def render(
     """
     from jinja2 import TemplateError
 
+    said: dict[str, Any] = {"chat_template": chat_template, "add_generation_prompt": add_generation_prompt}
+    said["tools"] = tools or None
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                tools=tools or None,
-                **(options or {}),
-            )
-        )
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **said, **(options or {})))
     except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+        if isinstance(error, TypeError) and (written := _arguments_as_text(messages)) != messages:
+            return render(
+                tokenizer, written, **said, options=options
+            )  # DeepSeek's templates want the arguments of calls as JSON
         raise TemplateRefusalError(str(error) or type(error).__name__) from error
+
+
+def _arguments_as_text(messages: Messages) -> Messages:
+    def written(call: Any) -> Any:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or isinstance(function.get("arguments"), str):
+            return call
+        return {
+            **call,
+            "function": {**function, "arguments": json.dumps(function.get("arguments"), ensure_ascii=False)},
+        }
+
+    return [
+        {**message, "tool_calls": [written(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
 
 
 def encode_prompt(

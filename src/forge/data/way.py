@@ -74,7 +74,7 @@ def find_way(rows: Rows, layout: Layout, tokenizer: PreTrainedTokenizerBase) -> 
     template = None
     if layout.format != "text" and getattr(tokenizer, "chat_template", None):
         template = choose_template(tokenizer)
-    rendered = template is not None and _rendered_before(rows, layout, template)
+    rendered = template is not None and rendered_before(rows, layout, template)
     if rendered and template is not None and template.ends and layout.format != "preference":  # DPOTrainer adds its own
         return Way(template, rendered, control_tokens(tokenizer)[min(template.ends)])
     if tokenizer.eos_token is None:
@@ -85,7 +85,7 @@ def find_way(rows: Rows, layout: Layout, tokenizer: PreTrainedTokenizerBase) -> 
     return Way(template, rendered, str(tokenizer.eos_token))
 
 
-def _rendered_before(rows: Rows, layout: Layout, template: ChatTemplate) -> bool:
+def rendered_before(rows: Rows, layout: Layout, template: ChatTemplate) -> bool:
     """Whether prompts that are text have been through the chat template already.
 
     Such pairs are taken as they are: another template around them would teach the model control tokens where none will
@@ -94,16 +94,21 @@ def _rendered_before(rows: Rows, layout: Layout, template: ChatTemplate) -> bool
     Raises:
         ConflictError: some prompts have and others have not.
     """
-    column = layout.columns.get("prompt")
+    column = layout.columns.get("prompt") or layout.columns.get("instruction")
     if column is None:
         return False
-    marks = template.marks
+    marks, opening = tuple(template.marks), template.opening
+
+    def is_rendered(prompt: str) -> bool:
+        # One that only mentions a control token is somebody's words.
+        return prompt.lstrip().startswith(marks) or bool(opening and prompt.rstrip().endswith(opening))
+
     texts = [
         (number, prompt)
         for number, row in enumerate(rows)
         if isinstance(prompt := row.get(column), str) and prompt.strip()
     ]
-    marked = [number for number, prompt in texts if any(mark in prompt for mark in marks)]
+    marked = [number for number, prompt in texts if is_rendered(prompt)]
     if not marked or len(marked) == len(texts):
         return bool(marked)
     shown = ", ".join(str(number) for number in marked[:5])

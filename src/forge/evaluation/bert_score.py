@@ -46,6 +46,7 @@ class BertScores:
         f1: their harmonic mean.
         encoder: the model whose embeddings were compared.
         num_layers: which of its layers.
+        weights: the digest of the encoder's weights.
         rescaled: whether scores count from bert-score's baseline; they may then be below 0.
         empty: pairs that score 0 because the candidate, or every reference, holds no token to compare.
         cut: texts that were longer than the encoder reads, and compared as far as it does.
@@ -56,6 +57,7 @@ class BertScores:
     f1: tuple[float, ...]
     encoder: str = ""
     num_layers: int = 0
+    weights: str = ""
     rescaled: bool = False
     empty: int = 0
     cut: int = 0
@@ -185,7 +187,7 @@ class BertScore:
             pairs = [(candidate, one) for candidate, own in groups for one in own if ids[candidate] and ids[one]]
             raw = self._matched(encoder, pairs, ids)
             cut = sum(is_cut(self._tokenizer, text, own) for text, own in ids.items())
-        return self._result(groups, ids, raw, cut)
+        return self._result(groups, ids, raw, cut, encoder.digest)
 
     def _loaded(self) -> LoadedEncoder:
         if self._loaded_encoder is None:
@@ -219,7 +221,7 @@ class BertScore:
         return raw
 
     def _result(
-        self, groups: list[tuple[str, list[str]]], ids: dict[str, list[int]], raw: torch.Tensor, cut: int
+        self, groups: list[tuple[str, list[str]]], ids: dict[str, list[int]], raw: torch.Tensor, cut: int, weights: str
     ) -> BertScores:
         """Each candidate's best scores, from those of its pairs."""
         import torch
@@ -239,6 +241,7 @@ class BertScore:
             f1,
             encoder=self._encoder.label,
             num_layers=self.num_layers,
+            weights=weights,
             rescaled=self._baseline is not None,
             empty=empty,
             cut=cut,

@@ -86,10 +86,12 @@ class LoadedEncoder:
     Args:
         module: in evaluation mode, on its device.
         feels_padding: whether the padding beside a text changes its embedding, as ConvBERT's convolutions do.
+        digest: of its weights, which tells it from another of the same name.
     """
 
     module: nn.Module
     feels_padding: bool
+    digest: str
 
 
 def load_encoder(encoder: Encoder, device: str) -> LoadedEncoder:
@@ -104,6 +106,7 @@ def load_encoder(encoder: Encoder, device: str) -> LoadedEncoder:
         NonFiniteError: Some of them are NaN or infinite.
     """
     import torch
+    import xxhash
     from safetensors import SafetensorError
 
     try:
@@ -125,8 +128,12 @@ def load_encoder(encoder: Encoder, device: str) -> LoadedEncoder:
         )
     if broken := [name for name, parameter in used if not bool(torch.isfinite(parameter).all())]:
         raise NonFiniteError(f"{encoder.name}: {broken[0]} has values that are not finite. Pass another checkpoint.")
+    digest = xxhash.xxh3_64()
+    for name, parameter in used:
+        digest.update(name.encode())
+        digest.update(parameter.detach().contiguous().numpy())
     cut = cut.to(device)
-    return LoadedEncoder(cut, _feels_padding(cut, encoder))
+    return LoadedEncoder(cut, _feels_padding(cut, encoder), digest.hexdigest())
 
 
 def find_tokenizer(encoder: Encoder) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import PreparedData, prepare_dataset, question_and_reference
 from ..errors import ConflictError
-from .generation import Answer, Prompt, answer, encode_prompts
+from .generation import Answer, Prompt, answer, context_of, encode_prompts
 from .loss import held_out_loss
 from .result import EvaluatedSample, EvaluationResult
-from .scoring import check_samples, choose, score_answers
+from .scoring import as_encoder, as_judge, check_samples, choose, score_answers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,9 +69,16 @@ def evaluate_model(
     Raises:
         ForgeError: The data, a size, the encoder or the judge will not do; the message says why and what to change.
     """
+    if not hasattr(model, "generate") or not (name is None or isinstance(name, str)):
+        raise ConflictError(
+            f"model={model!r:.60}, name={name!r:.60}: give a model that is loaded, such as "
+            "AutoModelForCausalLM.from_pretrained(model_id), and a text for its name."
+        )
     check_samples("max_eval_samples", max_eval_samples)
     check_samples("judge_samples", judge_samples)
-    encoder, critic = _encoder(bert_score), _critic(judge, model, tokenizer)
+    encoder = as_encoder(bert_score)
+    critic = as_judge(judge, model=model, tokenizer=tokenizer, progress=progress)
+    called, versions = name or _name(model), _versions()
     rows, notes = _held_out(dataset, tokenizer, max_eval_samples)
     asked = [place for place, row in enumerate(rows) if row.prompt is not None]
     encoded = encode_prompts(
@@ -81,6 +89,9 @@ def evaluate_model(
         batch_size=batch_size,
         template_options=[row.template_options for row in rows if row.prompt is not None],
     )
+    _check_lengths(rows, model)
+    if isinstance(judge, (str, bool)) and critic is not None and critic.name == "local" and not _has_adapters(model):
+        notes += ("The judge is the evaluated model itself, which has no adapters to switch off: it tells little.",)
     if not asked:
         notes += ("The samples have no questions, so there are no answers to score: the loss is all there is.",)
         encoder = critic = None
@@ -90,21 +101,17 @@ def evaluate_model(
     )
     answers = answer(model, tokenizer, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
     result = EvaluationResult(
-        name or _name(model),
+        called,
         tuple(_samples(rows, loss.sums, loss.tokens, dict(zip(asked, answers, strict=True)))),
-        {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "dtype": str(model.dtype), **_versions()},
+        {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "dtype": str(model.dtype), **versions},
         notes=notes + _doubts(answers, max_new_tokens),
     )
     try:
-        return score_answers(result, bert_score=encoder, judge=critic, judge_samples=judge_samples)
+        if encoder is not None:
+            result = score_answers(result, bert_score=encoder)
+        return result if critic is None else score_answers(result, judge=critic, judge_samples=judge_samples)
     except BaseException:
-        folder = Path(tempfile.mkdtemp(prefix="forge-answers-"))
-        result.save(folder)
-        logger.error(
-            "Scoring failed, but the %d answers are kept: score_answers(EvaluationResult.load(%r), ...)",
-            len(answers),
-            str(folder),
-        )
+        _rescue(result)
         raise
 
 
@@ -115,6 +122,7 @@ class _Row:
     prompt: Prompt | None
     reference: str | None
     template_options: dict[str, Any]
+    digest: str
 
 
 def _held_out(dataset: Any, tokenizer: Any, most: int | None) -> tuple[list[_Row], tuple[str, ...]]:
@@ -137,7 +145,10 @@ def _held_out(dataset: Any, tokenizer: Any, most: int | None) -> tuple[list[_Row
     if "chosen" in prepared.column_names:  # preference pairs: the chosen answer is the good one
         keep = [name for name in ("prompt", "chosen") if name in prepared.column_names]
         pairs = prepared.select_columns(keep).rename_column("chosen", "completion")
-        prepared = prepare_dataset(pairs, tokenizer, format="prompt-completion").train
+        made = prepare_dataset(pairs, tokenizer, format="prompt-completion")
+        prepared = made.train
+        if repeated := len(pairs) - len(prepared):
+            notes += (f"{repeated} of {len(pairs)} pairs were left out: their chosen answers repeat, or are empty.",)
     if len(prepared) == 0:
         raise ConflictError("There are no samples to evaluate on. Give a data set with at least one row.")
     chosen = choose(range(len(prepared)), most)
@@ -147,7 +158,7 @@ def _held_out(dataset: Any, tokenizer: Any, most: int | None) -> tuple[list[_Row
 
 
 def _row(row: Mapping[str, Any]) -> _Row:
-    asked = question_and_reference(dict(row))
+    asked = question_and_reference(dict(row)) if set(row) - _TOKENS else None
     prompt, reference = asked if asked is not None else (None, None)
     tools = row.get("tools")
     options = {
@@ -155,7 +166,40 @@ def _row(row: Mapping[str, Any]) -> _Row:
         "chat_template_kwargs": row.get("chat_template_kwargs"),
     }
     kept = {name: value for name, value in options.items() if value}
-    return _Row(list(row["input_ids"]), list(row["labels"]), prompt, reference, kept)
+    there = row.get("attention_mask") or [1] * len(row["input_ids"])  # rows may have been padded, on either side
+    input_ids, labels = (
+        [token for token, real in zip(row[column], there, strict=True) if real] for column in ("input_ids", "labels")
+    )
+    digest = hashlib.sha256(json.dumps([input_ids, labels]).encode()).hexdigest()[:16]
+    return _Row(input_ids, labels, prompt, reference, kept, digest)
+
+
+_TOKENS = {"input_ids", "labels", "attention_mask", "assistant_masks", "completion_mask", "position_ids", "seq_lengths"}
+
+
+def _check_lengths(rows: list[_Row], model: Any) -> None:
+    context, longest = context_of(model), max(len(row.input_ids) for row in rows)
+    if context is not None and longest > context:
+        crowded = sum(len(row.input_ids) > context for row in rows)
+        raise ConflictError(
+            f"{crowded} of {len(rows)} samples are longer than the model's context of {context} tokens (the longest: "
+            f"{longest}). Prepare them with prepare_dataset(..., max_length={context})."
+        )
+
+
+def _rescue(result: EvaluationResult) -> None:
+    """Keep answers that took long, whatever went wrong with their scores."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="forge-answers-"))
+        result.save(folder)
+    except (OSError, ValueError) as error:
+        logger.error("Scoring failed, and the answers could not be saved either: %s", error)
+        return
+    logger.error(
+        "Scoring failed, but the %d answers are kept: score_answers(EvaluationResult.load(%r), ...)",
+        len(result.answered),
+        str(folder),
+    )
 
 
 def _samples(
@@ -166,6 +210,7 @@ def _samples(
             prompt=row.prompt,
             reference=row.reference,
             answer=answers[place].text if place in answers else None,
+            digest=row.digest,
             cut=place in answers and answers[place].cut,
             nll=sums[place],
             tokens=tokens[place],
@@ -174,45 +219,24 @@ def _samples(
     ]
 
 
-def _encoder(bert_score: BertScore | bool) -> BertScore | None:
-    from .bert_score import BertScore
-
-    if isinstance(bert_score, bool):
-        return BertScore() if bert_score else None
-    if not isinstance(bert_score, BertScore):
-        raise ConflictError(
-            f"bert_score={bert_score!r}: give a BertScore, such as BertScore('roberta-large'), True or False."
-        )
-    return bert_score
-
-
-def _critic(judge: Judge | str | bool | None, model: Any, tokenizer: Any) -> Judge | None:
-    from .judges import Judge, default_judge, get_judge
-
-    if judge is None or judge is False:
-        return None
-    if isinstance(judge, (str, bool)):
-        chosen = default_judge() if isinstance(judge, bool) else judge
-        return get_judge(chosen, model=model, tokenizer=tokenizer) if chosen == "local" else get_judge(chosen)
-    if not isinstance(judge, Judge):
-        raise ConflictError(f"judge={judge!r}: give a judge from get_judge(...), its name, True, or None for none.")
-    return judge
-
-
 def _doubts(answers: list[Answer], max_new_tokens: int) -> tuple[str, ...]:
     cut, empty = sum(one.cut for one in answers), sum(not one.text for one in answers)
     doubts = []
     if cut:
         doubts.append(f"{cut} of {len(answers)} answers were cut at {max_new_tokens} tokens (max_new_tokens).")
     if empty:
-        doubts.append(f"{empty} of {len(answers)} answers are empty; BERTScore gives them 0.")
+        doubts.append(f"{empty} of {len(answers)} answers are empty.")
     return tuple(doubts)
+
+
+def _has_adapters(model: Any) -> bool:
+    return bool(getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False))
 
 
 def _name(model: Any) -> str:
     base = str(getattr(model.config, "_name_or_path", "") or type(model).__name__).rstrip("/")
-    status = getattr(model, "get_model_status", None)
-    adapted = status is not None and status().enabled is not False
+    active = any(getattr(module, "disable_adapters", True) is False for module in model.modules())
+    adapted = active or bool(getattr(model, "prompt_encoder", None))  # prompt tuning and its kin have no layers
     return (Path(base).name if Path(base).is_dir() else base) + " with adapter" * adapted
 
 

@@ -94,7 +94,7 @@ def held_out_loss(
                 input_ids=torch.tensor(rows, device=embedding.device),
                 attention_mask=torch.tensor(mask, device=embedding.device),
                 use_cache=False,
-            ).logits
+            ).logits[:, -width:]  # prompt tuning puts its virtual tokens in front
             for row, index in enumerate(batch):
                 sums[index], tokens[index] = _negative_log_likelihood(logits[row], labels[index])
             bar.update(len(batch))

@@ -22,7 +22,7 @@ def page(results: Sequence[EvaluationResult], comparison: Comparison | None = No
     if len(results) == 1:
         made.facts(results[0].figures())
     else:
-        figures = [result.figures() for result in results]
+        figures = comparison.figures() if comparison is not None else [result.figures() for result in results]
         rows = dict.fromkeys(name for one in figures for name in one)
         made.table(("figure", *names), [(name, *(one.get(name, "-") for one in figures)) for name in rows])
     if comparison is not None:

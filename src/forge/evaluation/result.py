@@ -31,6 +31,7 @@ class EvaluatedSample:
         prompt: Chat messages or text; None where a sample has no question (plain text).
         reference: The answer in the data; None likewise.
         answer: The model's; None likewise.
+        digest: Of its tokens and of which are learnt: what the loss is taken on.
         cut: Whether the longest allowed answer was reached.
         nll: The negative log-likelihood of the tokens that are learnt, in nats, summed.
         tokens: How many those are.
@@ -45,6 +46,7 @@ class EvaluatedSample:
     prompt: Prompt | None = None
     reference: str | None = None
     answer: str | None = None
+    digest: str = ""
     cut: bool = False
     nll: float = 0.0
     tokens: int = 0
@@ -169,7 +171,8 @@ class EvaluationResult:
         if sum(self.loss.tokens):
             found |= {"held-out loss": f"{self.loss.mean:.4f}", "perplexity": f"{self.loss.perplexity:.3f}"}
         if (interval := self.bert_interval()) is not None:
-            found["BERTScore F1"] = f"{interval.mean:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
+            some = f" (on {len(self.bert_scores)})" if len(self.bert_scores) < len(self.samples) else ""
+            found["BERTScore F1"] = f"{interval.mean:.4f} [{interval.low:.4f}, {interval.high:.4f}]{some}"
         if asked := sum(one.was_judged for one in self.samples):
             mean = "-" if self.judge_score is None else f"{self.judge_score:.1f}"
             found["LLM judge"] = f"{mean} (on {len(self.judge_scores)} of {asked})"
@@ -192,7 +195,7 @@ class EvaluationResult:
             "settings": dict(self.settings),
             "judge_usage": None if self.judge_usage is None else dict(self.judge_usage),
             "notes": list(self.notes),
-            "samples": [asdict(one) for one in self.samples],
+            "samples": [{**asdict(one), "nll": _finite(one.nll)} for one in self.samples],
         }
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -201,22 +204,25 @@ class EvaluationResult:
 
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), ensure_ascii=False, indent=1)
+        text = json.dumps(self.to_dict(), ensure_ascii=False, indent=1, allow_nan=False)
         (target / RESULT).write_text(text, encoding="utf-8", errors="replace")
         page([self]).save(target / REPORT)
         return target / REPORT
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> EvaluationResult:
-        """What `save` wrote.
+        """What `save` wrote: from its folder, or any file in it.
 
         Raises:
             ConflictError: The folder holds no result, or one of another kind.
         """
-        path = Path(folder) / RESULT
+        path = Path(folder).parent / RESULT if Path(folder).is_file() else Path(folder) / RESULT
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            samples = tuple(EvaluatedSample(**one) for one in found["samples"])
+            samples = tuple(
+                EvaluatedSample(**{**one, "nll": math.nan if one["nll"] is None else one["nll"]})
+                for one in found["samples"]
+            )
             return cls(found["model"], samples, found["settings"], found["judge_usage"], tuple(found["notes"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConflictError(

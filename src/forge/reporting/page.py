@@ -160,7 +160,7 @@ class Page:
         """
         if kind not in NOTICES:
             raise UnknownNameError.among("kind of notice", kind, NOTICES)
-        self._add(f'<p class="notice {kind}">{_tag("strong", f"{NOTICES[kind]}:")} {escape(str(text))}</p>')
+        self._add(f'<p class="notice {kind}">{_tag("strong", f"{NOTICES[kind]}:")} {escape(_text(text))}</p>')
 
     def html(self) -> str:
         """The page."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from io import StringIO
 from typing import Any
 
@@ -55,16 +56,16 @@ class Table:
         table = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for position, name in enumerate(self.header):
             # Names must survive on narrow terminals: they are what people type.
-            table.add_column(name, no_wrap=position == 0, overflow="fold", ratio=self._ratio(position))
+            table.add_column(_text(name), no_wrap=position == 0, overflow="fold", ratio=self._ratio(position))
         for position, row in enumerate(self._rows):
             if position in self._sections:
                 table.add_row(Text(self._sections[position], style="bold italic"))
             table.add_row(*(Text(cell) for cell in row))
         if self.title:
-            console.print(Text(self.title, style="bold"))
+            console.print(Text(_text(self.title), style="bold"))
         console.print(table)
         if self.footer:
-            console.print(Text(self.footer))
+            console.print(Text(_text(self.footer)))
 
     def _ratio(self, position: int) -> int | None:
         """Short columns are as wide as their longest cell; the rest is shared."""
@@ -72,5 +73,14 @@ class Table:
         return 2 if longest > 60 else None
 
 
+# Control characters and those that turn the direction of writing: a terminal obeys them, and a reader is misled.
+_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
 def _text(cell: Any) -> str:
-    return f"{cell:g}" if isinstance(cell, float) else str(cell)
+    r"""A cell as text that shows what it is.
+
+    >>> _text(0.5), _text("a\x1b[31mb")
+    ('0.5', 'a\ufffd[31mb')
+    """
+    return f"{cell:g}" if isinstance(cell, float) else _UNSHOWN.sub("\ufffd", str(cell).replace("\r\n", "\n"))

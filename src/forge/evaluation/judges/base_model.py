@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from ...errors import UnsupportedError
 from ...models.layers import named_base_modules, unwrap
@@ -37,11 +36,18 @@ def adapters_off(model: Any) -> Iterator[Any]:
                 f"The adapter {name!r} ({how}) changes weights of the base, which cannot judge as it was before. "
                 'Pass the judge another model: get_judge("local", model="<folder of the base>").'
             )
+    if any(getattr(module, "merged", False) is True for module in model.modules()):
+        raise UnsupportedError(
+            "The model's adapters are merged into the base, which cannot judge as it was before. Call "
+            'model.unmerge_adapter() first, or pass the judge another model: get_judge("local", model="<folder>").'
+        )
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         if hasattr(model, "disable_adapter"):  # PEFT's own wrapper
             with model.disable_adapter():
                 yield model
+        elif all(getattr(module, "disable_adapters", True) is not False for module in model.modules()):
+            yield model  # switched off already, and that they stay
         else:  # adapters that transformers itself attached
             model.disable_adapters()
             try:
@@ -53,32 +59,24 @@ def adapters_off(model: Any) -> Iterator[Any]:
             parameter.requires_grad_(trains)
 
 
-_known: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
-
-
 def weights_digest(model: nn.Module) -> str:
     """A digest of every byte of the base's weights, and of its config.
 
-    It is computed once, and again when torch has counted a change of a weight.
+    Nothing is remembered from one call to the next: fused optimizers and whatever writes through `.data` change weights
+    without torch counting it.
 
     Args:
         model: With or without adapters, quantised or not.
     """
-    base: Any = unwrap(model)
-    tensors = dict(_tensors(model))
-    state = [(name, id(tensor), tensor._version, tensor.dtype) for name, tensor in tensors.items()]
-    known = _known.get(base)
-    if known is not None and known[0] == state:
-        return known[1]
     import torch
     import xxhash
 
+    base: Any = unwrap(model)
     digest = xxhash.xxh3_128(base.config.to_json_string(use_diff=True).encode())
-    for name, tensor in tensors.items():
+    for name, tensor in _tensors(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         data: Any = tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
         digest.update(data)
-    _known[base] = (state, digest.hexdigest())
     return digest.hexdigest()
 
 
@@ -86,3 +84,17 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in sorted(named_base_modules(model).items()):
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         yield from ((f"{name}.{each}", tensor) for each, tensor in own)
+        for each, tensor in own:
+            yield from ((f"{name}.{each}.{scale}", found) for scale, found in _scales(tensor))
+
+
+def _scales(tensor: Any) -> Iterator[tuple[str, Tensor]]:
+    """What bitsandbytes keeps beside packed weights: without it, they say nothing of their size."""
+    state, depth = getattr(tensor, "quant_state", None), 0
+    while state is not None and depth < 2:
+        for name in ("absmax", "code", "offset"):
+            if (found := getattr(state, name, None)) is not None:
+                yield f"{depth}.{name}", found
+        state, depth = getattr(state, "state2", None), depth + 1
+    if (found := getattr(tensor, "SCB", None)) is not None:
+        yield "SCB", found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -26,7 +27,8 @@ class FunctionJudge(Judge):
 
     def __init__(self, function: Scoring, name: str, *, progress: bool = True) -> None:
         super().__init__(cache=False, progress=progress)
-        self.function = function
+        self.function: Callable[..., Any] = function
+        self._takes = 3 if len(inspect.signature(function).parameters) > 2 else 2
         self.name = name
         self.model = getattr(function, "__qualname__", type(function).__qualname__)
 
@@ -40,7 +42,8 @@ class FunctionJudge(Judge):
         only_text = len(conversation) == 1 and conversation[0]["role"] == "user"
         prompt: Any = conversation[0]["content"] if only_text else conversation
         try:
-            return Judgement(check(self.function(prompt, sample.answer, sample.reference)))
+            given = (prompt, sample.answer, sample.reference)[: self._takes]
+            return Judgement(check(self.function(*given)))
         except Unreadable as error:
             return Judgement(error=str(error))
         except Exception as error:  # noqa: BLE001  (a missing judgement, as for every judge)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -43,7 +45,8 @@ class Judge:
 
     Args:
         rubric: What to look for: a `Rubric`, or its criteria as a text.
-        cache: Whether scores are kept on disk, in `forge.assets.cache_folder() / "judgements"`; or where.
+        cache: Whether scores are kept on disk, in `forge.assets.cache_folder() / "judgements"` (those of a judge of
+            your own only if it has a `version`); or where.
         progress: Whether a bar is shown for more than a few samples.
 
     Raises:
@@ -54,6 +57,8 @@ class Judge:
     model: str = ""
     """Both are part of what tells judges apart in the cache: change one when a judge of your own judges differently."""
     longest: str = "its greatest length"
+    version: str = ""
+    """Of a judge of your own: without one its scores are not kept, as nobody could tell that its code has changed."""
     secrets: tuple[str, ...] = ()
     """What must not appear in an error; never part of `repr`, of the cache or of a result."""
 
@@ -62,7 +67,8 @@ class Judge:
     ) -> None:
         self.rubric = Rubric.of(rubric)
         self.progress = progress
-        place = cache_folder() / "judgements" if cache is True else cache
+        kept = bool(self.version) or type(self).__module__.startswith("forge.")
+        place = (cache_folder() / "judgements" if kept else False) if cache is True else cache
         self.cache = None if place is False else Cache(place)
 
     def __repr__(self) -> str:
@@ -71,7 +77,7 @@ class Judge:
     @property
     def identity(self) -> tuple[str, ...]:
         """What tells this judge from others in the cache."""
-        return (self.name or f"{type(self).__module__}.{type(self).__qualname__}", self.model)
+        return (self.name or f"{type(self).__module__}.{type(self).__qualname__}", self.model, self.version)
 
     def reply(self, question: Question) -> Reply | str:
         """What the judge says to one question; an exception of any kind is a missing judgement.
@@ -118,7 +124,8 @@ class Judge:
             warnings.warn(f"{message}: {given_up}.", ForgeWarning, stacklevel=2)
         usage = self._usage(replies, cached=len(keys) - len(todo))
         name = self.name or type(self).__name__
-        result = JudgeResult(name, self.model, self.rubric.digest, tuple(known[key] for key in keys), usage)
+        identity = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:16]
+        result = JudgeResult(name, self.model, self.rubric.digest, tuple(known[key] for key in keys), usage, identity)
         _log.info("%s", result.describe())
         return result
 

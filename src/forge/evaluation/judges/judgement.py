@@ -57,6 +57,7 @@ class JudgeResult:
         rubric: The digest of what it was told.
         judgements: One a sample.
         usage: What it took.
+        identity: A digest of all that tells this judge from others: its server or its weights too.
     """
 
     judge: str
@@ -64,6 +65,7 @@ class JudgeResult:
     rubric: str
     judgements: tuple[Judgement, ...]
     usage: Usage = Usage()
+    identity: str = ""
 
     @property
     def scores(self) -> list[float]:
@@ -101,7 +103,7 @@ class JudgeResult:
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON can hold it."""
         return {
-            **{"judge": self.judge, "model": self.model, "rubric": self.rubric},
+            **{"judge": self.judge, "model": self.model, "rubric": self.rubric, "identity": self.identity},
             **{"mean": self.mean, "judged": self.judged, "total": self.total},
             "usage": asdict(self.usage),
             "judgements": [asdict(one) for one in self.judgements],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
@@ -86,7 +88,7 @@ class LocalJudge(Judge):
     @property
     def identity(self) -> tuple[str, ...]:
         """The judge's name, a digest of the base's weights, and what else its words depend on."""
-        return (self.name, self._digest, str(self.max_new_tokens))
+        return (self.name, self._digest, str(self.max_new_tokens), _written_by(self.tokenizer))
 
     def score(self, *args: Any, **kwargs: Any) -> Any:
         """Judge answers, as every judge does."""
@@ -95,7 +97,7 @@ class LocalJudge(Judge):
                 self._model = _load("AutoModelForCausalLM", self.model, **_placement())
             except Exception as error:  # noqa: BLE001  (what was trained and measured so far is not lost for it)
                 self._failed = f"{self.model} could not be loaded ({type(error).__name__}: {error})"[:200]
-        if self.cache and self._model is not None:
+        if self._model is not None:
             self._digest = weights_digest(self._model)
         return super().score(*args, **kwargs)
 
@@ -163,8 +165,9 @@ class LocalJudge(Judge):
                 max_new_tokens=self.max_new_tokens,
                 batch_size=self.batch_size,
             )[0]
-        except ConflictError:
-            return "it does not fit into the judge's context"
+        except ConflictError as error:
+            room = "leave no room" in str(error)
+            return "it does not fit into the judge's context" if room else str(error)[:200]
 
     def _messages(self, question: Question) -> list[dict[str, str]]:
         try:
@@ -172,6 +175,12 @@ class LocalJudge(Judge):
         except UnsupportedError:  # templates without a system role (Gemma's) refuse it
             return question.merged
         return question.messages
+
+
+def _written_by(tokenizer: Any) -> str:
+    """A digest of how questions become tokens."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps([tokenizer.chat_template, vocabulary]).encode()).hexdigest()[:16]
 
 
 def _look_for(model: str) -> None:

@@ -56,9 +56,11 @@ class OpenAIJudge(RemoteJudge):
     ) -> None:
         self._package = package("openai", "openai", self.name)
         self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).rstrip("/")
-        if urlsplit(self.base_url).password:
+        parts = urlsplit(self.base_url)
+        if "@" in parts.netloc or parts.query or parts.fragment:
             raise ConflictError(
-                "base_url contains a password, which logs and errors would show: pass api_key= instead."
+                "base_url contains a user, a password or a query, which files and errors would show. Give the address "
+                "alone, such as https://host/v1, and the key as api_key=."
             )
         if model is None and self.base_url != DEFAULT_URL:
             raise ConflictError(

@@ -101,6 +101,11 @@ def register_judge(name: str) -> Callable[[Registered], Registered]:
         if not callable(what):
             raise ConflictError(f"{what!r} is neither a Judge nor a function.")
         make: Callable[..., Any] = what
+        if not isinstance(what, type) and not _scores(make) and (needed := _needed(make)):
+            raise ConflictError(
+                f"{getattr(what, '__name__', what)} takes {', '.join(needed)}. A function that scores takes (prompt, "
+                "answer) or (prompt, answer, reference), by these names; one that makes a judge needs no arguments."
+            )
         _registered[name] = partial(FunctionJudge, make, name) if _scores(make) else make
         return what
 
@@ -118,6 +123,13 @@ def _scores(what: Callable[..., Any]) -> bool:
     if isinstance(what, type):
         return False
     return list(inspect.signature(what).parameters)[:2] == ["prompt", "answer"]
+
+
+def _needed(what: Callable[..., Any]) -> list[str]:
+    """The arguments that it cannot be called without."""
+    found = inspect.signature(what).parameters.values()
+    named = (p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    return [p.name for p in named if p.default is p.empty]
 
 
 def _check_options(name: str, make: Callable[..., Any], options: dict[str, Any]) -> None:

@@ -17,6 +17,8 @@ SCHEMA = {
 """The reason first: a model that explains before it decides decides better. Bounds are left to the parser, since not
 every server knows them."""
 
+# What no file can hold (half of a surrogate pair), and what a terminal would obey.
+_UNPRINTED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
 
 
@@ -71,7 +73,7 @@ def read(text: str) -> tuple[float, str]:
     score, reason = found["score"], found["reason"]
     if not isinstance(reason, str):
         raise Unreadable("the reason is not a text")
-    return check(score), reason
+    return check(score), _UNPRINTED.sub("\N{REPLACEMENT CHARACTER}", reason)
 
 
 def check(score: Any) -> float:
@@ -80,6 +82,8 @@ def check(score: Any) -> float:
     Raises:
         Unreadable: It is no finite number from 0 to 100.
     """
+    if hasattr(score, "item") and getattr(score, "ndim", None) == 0:  # NumPy's and torch's numbers
+        score = score.item()
     if isinstance(score, bool) or not isinstance(score, (int, float)):
         raise Unreadable("the score is not a number")
     if not 0 <= score <= 100 or not math.isfinite(score):
