@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -11,6 +12,7 @@ from forge.errors import ConflictError
 from forge.evaluation.judges import Judge, Judgement, Rubric, get_judge
 from forge.evaluation.judges.cache import Cache, key_of
 from forge.evaluation.judges.fence import Sample
+from forge.evaluation.judges.openai_judge import OpenAIJudge
 from support.judge import Reply, ScriptedJudge
 
 VERDICT = '{"reason": "Fine.", "score": 64}'
@@ -141,7 +143,29 @@ def test_a_cache_that_breaks_on_the_way_costs_no_judgement(tmp_path, caplog):
         result = judge.score(["a", "b"], ["x", "y"])
     assert result.judged == 2
     assert "could not be read" in caplog.text
-    assert "could not be kept" in caplog.text
+    assert caplog.text.count("cannot be kept") == 1
+
+
+def test_whatever_fails_at_keeping_it_costs_no_judgement(tmp_path, monkeypatch, caplog):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with ScriptedJudge(lambda _: Reply(VERDICT)) as server:
+        judge = judge_at(server, tmp_path)
+        monkeypatch.setattr(judge.cache, "_open", full)
+        monkeypatch.setattr(judge.cache, "read", lambda keys: {})
+        result = judge.score(["a", "b"], ["x", "y"])
+    assert result.judged == 2
+    assert caplog.text.count("No space left") == 1
+
+
+def test_a_reason_that_no_file_can_hold_is_kept_without_what_spoils_it(tmp_path):
+    spoilt = '{"reason": "a\\ud800b\\u001b[31mc\\nd\\te \\ud83d\\ude00", "score": 64}'
+    with ScriptedJudge([spoilt]) as server:
+        first = judge_at(server, tmp_path).score(["a"], ["x"])
+        second = judge_at(server, tmp_path).score(["a"], ["x"])
+    assert first.judgements == (Judgement(64.0, "a\ufffdb\ufffd[31mc\nd\te \U0001f600"),) == second.judgements
+    assert second.usage.cached == 1
 
 
 def test_a_path_to_a_file_is_that_file(tmp_path):
@@ -163,6 +187,8 @@ def test_keys_tell_lists_from_joined_texts():
 
 def test_judges_of_ones_own_do_not_share_judgements(tmp_path):
     class One(Judge):
+        version = "1"
+
         def reply(self, question):
             return VERDICT
 
@@ -172,3 +198,50 @@ def test_judges_of_ones_own_do_not_share_judgements(tmp_path):
     assert One(cache=tmp_path).score(["a"], ["x"]).usage.cached == 0
     assert Two(cache=tmp_path).score(["a"], ["x"]).usage.cached == 0
     assert One(cache=tmp_path).score(["a"], ["x"]).usage.cached == 1
+
+
+def test_a_judge_of_ones_own_is_asked_again_unless_it_has_a_version(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORGE_CACHE", str(tmp_path))
+
+    def define(score, **attributes):
+        reply = lambda self, question: f'{{"reason": "", "score": {score}}}'  # noqa: E731
+        return type("Mine", (Judge,), {"reply": reply, **attributes})
+
+    def scored(kind):
+        result = kind().score(["a"], ["x"])
+        return result.mean, result.usage.cached
+
+    assert [scored(define(score)) for score in (10, 90)] == [(10, 0), (90, 0)]
+    assert not list(tmp_path.rglob("*.sqlite"))
+    assert [scored(define(score, version="1")) for score in (10, 90)] == [(10, 0), (10, 1)]
+    assert scored(define(90, version="2")) == (90, 0)
+    with pytest.raises(ConflictError, match=r"Mine has no version.*version = \"1\""):
+        define(10)(cache=tmp_path)
+
+
+def test_a_subclass_of_forges_own_needs_a_version_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORGE_CACHE", str(tmp_path))
+
+    class Mine(OpenAIJudge):
+        pass
+
+    class Versioned(OpenAIJudge):
+        version = "1"
+
+    options = {"model": "m", "progress": False}
+    with ScriptedJudge(lambda _: Reply(VERDICT)) as server:
+        results = [
+            kind(base_url=server.url, **options).score(["a"], ["x"])
+            for kind in (OpenAIJudge, Mine, Mine, Versioned, Versioned)
+        ]
+    assert [result.usage.cached for result in results] == [0, 0, 0, 0, 1]
+    assert results[3].identity != results[0].identity
+
+
+def test_a_result_tells_judges_of_one_name_and_model_apart():
+    with ScriptedJudge(lambda _: Reply(VERDICT)) as one, ScriptedJudge(lambda _: Reply(VERDICT)) as two:
+        first, again, other = (judge_at(server, False).score(["a"], ["x"]) for server in (one, one, two))
+    assert (first.judge, first.model) == (other.judge, other.model)
+    assert first.identity == again.identity == first.to_dict()["identity"]
+    assert first.identity != other.identity
+    assert re.fullmatch("[0-9a-f]{16}", first.identity)

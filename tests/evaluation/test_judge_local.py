@@ -1,10 +1,11 @@
 import json
+import re
 
 import pytest
 import torch
 
 from forge.errors import ConflictError, ForgeWarning, UnsupportedError
-from forge.evaluation.judges import get_judge
+from forge.evaluation.judges import get_judge, local
 from forge.evaluation.judges.base_model import adapters_off, weights_digest
 from forge.evaluation.judges.fence import Sample, ask
 from forge.evaluation.judges.rubric import Rubric
@@ -190,6 +191,94 @@ def test_the_digest_is_the_bases_and_follows_its_weights():
     assert weights_digest(tuned) != digest
 
 
+def test_the_digest_sees_what_torch_does_not_count():
+    model = text_model(layers=1)
+    weight = model.get_input_embeddings().weight
+    for change in (lambda: weight.data.add_(1), lambda: _fused_step(model)):
+        digest, version = weights_digest(model), weight._version
+        change()
+        assert weight._version == version, "torch counts it now: the case tells nothing any more"
+        assert weights_digest(model) != digest
+
+
+def _fused_step(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+
+
+def quantised(folder, **options):
+    import transformers
+
+    text_model(layers=1).save_pretrained(folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=transformers.BitsAndBytesConfig(**options), device_map={"": "cpu"}
+    )
+
+
+def test_the_digest_of_4_bit_weights_holds_their_scales(tmp_path):
+    model = quantised(
+        tmp_path,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    digest = weights_digest(model)
+    model(input_ids=torch.arange(8)[None])
+    assert weights_digest(model) == digest
+    state = model.model.layers[0].self_attn.q_proj.weight.quant_state
+    for scale in (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code):
+        before = scale.clone()
+        scale.add_(1)
+        assert weights_digest(model) != digest
+        scale.copy_(before)
+    assert weights_digest(model) == digest
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_the_digest_of_8_bit_weights_holds_their_scales_wherever_they_are(tmp_path):
+    model = quantised(tmp_path, load_in_8bit=True)
+    layer = model.model.layers[0].self_attn.q_proj
+    digest = weights_digest(model)
+    assert layer.weight.SCB is not None
+    model(input_ids=torch.arange(8)[None])
+    assert layer.weight.SCB is None
+    assert weights_digest(model) == digest
+    layer.state.SCB.mul_(2)
+    assert weights_digest(model) != digest
+
+
+@pytest.mark.parametrize("change", ["weights", "template", "vocabulary", "max_new_tokens"])
+def test_the_identity_of_a_result_follows_all_that_a_reply_depends_on(change):
+    def identity(**options):
+        model, judge = tiny(verdict, **options)
+        if change == "weights" and options:
+            with torch.no_grad():
+                model.get_input_embeddings().weight.add_(0.1)
+        return judge.score(["?"], ["1"]).identity
+
+    other = roomy_tokenizer()
+    if change == "template":
+        other.chat_template = other.chat_template + " "
+    elif change == "vocabulary":
+        other.add_tokens(["<new>"])
+    options = {"max_new_tokens": 100} if change == "max_new_tokens" else {"tokenizer": other}
+    assert identity() == identity()
+    assert re.fullmatch("[0-9a-f]{16}", identity())
+    assert identity(**options) != identity()
+
+
+def test_weights_and_vocabulary_are_read_once_a_call(monkeypatch):
+    _, judge = tiny(verdict)
+    called = []
+    for name in ("weights_digest", "_tokenizer_digest"):
+        real = getattr(local, name)
+        monkeypatch.setattr(local, name, lambda what, name=name, real=real: called.append(name) or real(what))
+    judge.score(["?"] * 3, ["1", "2", "3"])
+    assert called == ["weights_digest", "_tokenizer_digest"]
+
+
 def test_judgements_are_kept_by_the_weights_of_the_judge(tmp_path):
     model, judge = tiny(verdict, cache=tmp_path)
     judge.score(["?"], ["1"])
@@ -253,6 +342,57 @@ def test_what_it_needs_is_named():
         get_judge("local", model=text_model(layers=1), tokenizer=tiny_tokenizer(chat_template=None))
     with pytest.raises(ConflictError, match="batch_size=0"):
         get_judge("local", model=text_model(layers=1), tokenizer=tiny_tokenizer(), batch_size=0)
+
+
+def attached(kind):
+    """A model with adapters that say something: PEFT's wrapper, the model in it, or attached by transformers."""
+    model = text_model(layers=2)
+    if kind == "native":
+        model.add_adapter(lora())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_()
+        return model
+    wrapped = peft_model(model)
+    return model if kind == "inner" else wrapped
+
+
+@pytest.mark.parametrize("kind", ["wrapper", "inner", "native"])
+@pytest.mark.parametrize("switched_off", ["none", "one", "all"])
+@pytest.mark.filterwarnings("ignore:The model contains some adapter layers that are enabled")
+def test_adapters_that_were_off_stay_off(kind, switched_off):
+    ids = torch.arange(8)[None]
+    base = text_model(layers=2)(input_ids=ids).logits
+    model = attached(kind)
+    layers = [each for each in model.modules() if isinstance(getattr(each, "disable_adapters", None), bool)]
+    assert len(layers) > 1
+    for layer in layers[: {"none": 0, "one": 1, "all": None}[switched_off]]:
+        layer.enable_adapters(False)
+    before = model(input_ids=ids).logits
+    trains = [parameter.requires_grad for parameter in model.parameters()]
+    with adapters_off(model):
+        assert torch.equal(model(input_ids=ids).logits, base)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert torch.equal(before, base) == (switched_off == "all")
+    assert [parameter.requires_grad for parameter in model.parameters()] == trains
+
+
+def test_merged_adapters_are_refused_and_left_merged():
+    model = text_model(layers=2)
+    model.config.max_position_embeddings = CONTEXT
+    tuned = peft_model(model)
+    judge = get_judge("local", model=tuned, tokenizer=roomy_tokenizer(), cache=False, max_new_tokens=1)
+    tuned.merge_adapter()
+    for refused in (
+        lambda: judge.score(["?"], ["!"]),
+        lambda: get_judge("local", model=tuned, tokenizer=roomy_tokenizer()),
+    ):
+        with pytest.raises(UnsupportedError, match="unmerge_adapter"):
+            refused()
+    assert all(module.merged for module in tuned.modules() if hasattr(module, "merged"))
+    tuned.unmerge_adapter()
+    get_judge("local", model=tuned, tokenizer=roomy_tokenizer())
 
 
 def test_adapters_come_back_after_an_error():

@@ -1,7 +1,11 @@
+import inspect
 import subprocess
 import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
 
 from forge.errors import ConflictError, UnknownNameError
 from forge.evaluation.judges import Judge, Rubric, default_judge, get_judge, list_judges, register_judge, registry
@@ -52,6 +56,49 @@ def test_a_function_is_a_judge():
     assert (result.judge, result.model, overlap("", "x", "x")) == ("overlap", overlap.__qualname__, 100.0)
     with pytest.raises(UnknownNameError, match=r"'model' of the judge 'overlap'\. Known: progress"):
         get_judge("overlap", model="m")
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda prompt, answer: 1 if (prompt, answer) == ("p", "a") else 0, 1),
+        (lambda prompt, answer, strict=True: 1 if strict is True else 0, 1),
+        (lambda prompt, answer, reference: 1 if reference == "r" else 0, 1),
+        (lambda prompt, answer, *, reference=None: 1 if reference == "r" else 0, 1),
+        (lambda prompt, answer, **rest: 1 if rest == {"reference": "r"} else 0, 1),
+        (lambda prompt, answer: np.float32(50), 50),
+        (lambda prompt, answer: np.int64(50), 50),
+        (lambda prompt, answer: torch.tensor(50.0), 50),
+        (lambda prompt, answer: Fraction(1, 2), 0.5),
+    ],
+)
+def test_a_function_is_given_what_it_takes_and_may_return_any_number(function, expected):
+    register_judge("mine")(function)
+    found = get_judge("mine", progress=False).score(["p"], ["a"], ["r"]).judgements[0]
+    assert (found.error, found.score, type(found.score)) == (None, expected, float)
+
+
+@pytest.mark.parametrize("score", [True, np.True_, torch.tensor(True), np.array([50.0]), 1j, "50", None])
+def test_what_is_no_number_is_no_score(score):
+    register_judge("mine")(lambda prompt, answer: score)
+    assert get_judge("mine").score(["p"], ["a"]).judgements[0].error == "the score is not a number"
+
+
+def _judge(question, answer, reference):
+    return 50
+
+
+@pytest.mark.parametrize(
+    "function",
+    [_judge, lambda q, a: 1, lambda prompt, answer, reference, weight: 1, lambda prompt, answer, other: 1],
+)
+def test_a_function_that_could_not_be_called_is_refused_at_once(function):
+    with pytest.raises(
+        ConflictError, match=r"\(prompt, answer\) or \(prompt, answer, reference\), by these names"
+    ) as error:
+        register_judge("mine")(function)
+    assert f"takes {', '.join(inspect.signature(function).parameters)}." in str(error.value)
+    assert "mine" not in list_judges()
 
 
 def test_a_function_sees_texts_as_texts_and_messages_as_messages():

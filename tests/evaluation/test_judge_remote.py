@@ -372,11 +372,33 @@ def test_a_server_on_this_machine_needs_no_key_and_is_not_sent_openais(monkeypat
 
 @pytest.mark.parametrize(
     "address",
-    ["http://me:secret@127.0.0.1/v1", "http://secret@127.0.0.1/v1", "http://127.0.0.1/v1?api_key=secret"],
+    [
+        "http://me:secret@127.0.0.1/v1",
+        "http://secret@127.0.0.1/v1",
+        "secret@127.0.0.1/v1",
+        "http://127.0.0.1/v1?api_key=secret",
+        "http://127.0.0.1/v1#secret",
+        "http://[secret@127.0.0.1/v1",
+    ],
 )
-def test_a_secret_in_the_address_is_refused_and_not_repeated(address):
-    with pytest.raises(ConflictError, match="contains a user, a password or a query") as error:
-        get_judge("openai", base_url=address, model="m")
+@pytest.mark.parametrize(
+    ("name", "option", "key"),
+    [
+        ("openai", "base_url", "api_key"),
+        ("openai", "OPENAI_BASE_URL", "api_key"),
+        ("gemini", "base_url", "api_key"),
+        ("gigachat", "base_url", "credentials"),
+        ("gigachat", "auth_url", "credentials"),
+        ("gigachat", "GIGACHAT_BASE_URL", "credentials"),
+        ("gigachat", "GIGACHAT_AUTH_URL", "credentials"),
+    ],
+)
+def test_a_key_in_the_address_is_refused_and_not_repeated(name, option, key, address, monkeypatch):
+    given = {option: address} if option.islower() else {}
+    if not given:
+        monkeypatch.setenv(option, address)
+    with pytest.raises(ConflictError, match=f"^{option} contains a user.* the key as {key}=") as error:
+        get_judge(name, model="m", **{key: KEY}, **given)
     assert "secret" not in str(error.value)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from forge import ConflictError, UnsupportedError, get_judge, register_judge
-from forge.evaluation.judges import Judge
+from forge.evaluation.judges import Judge, Judgement
 from forge.evaluation.judges.base_model import adapters_off, weights_digest
 from forge.evaluation.judges.reply import check, read
 from support.models import lora, nf4_model, text_model
@@ -113,7 +113,7 @@ def test_scores_of_numpy_and_torch_are_numbers():
 
 
 def test_a_reason_that_cannot_be_written_costs_no_score():
-    score, reason = read('{"reason": "half \\ud800 and \\u001b[31m", "score": 70}')
-    assert score == 70
-    assert reason == "half \ufffd and \ufffd[31m"
-    reason.encode()
+    judgement = Judgement(*read('{"reason": "half \\ud800 and \\u001b[31m", "score": 70}'))
+    assert judgement.score == 70
+    assert judgement.reason == "half \ufffd and \ufffd[31m"
+    judgement.reason.encode()

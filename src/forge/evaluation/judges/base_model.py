@@ -42,19 +42,20 @@ def adapters_off(model: Any) -> Iterator[Any]:
             'model.unmerge_adapter() first, or pass the judge another model: get_judge("local", model="<folder>").'
         )
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    # Of layers: a transformers model has a method of that name.
+    layers = [each for each in model.modules() if isinstance(getattr(each, "disable_adapters", None), bool)]
+    off = {layer: layer.disable_adapters for layer in layers}
     try:
         if hasattr(model, "disable_adapter"):  # PEFT's own wrapper
             with model.disable_adapter():
                 yield model
-        elif all(getattr(module, "disable_adapters", True) is not False for module in model.modules()):
-            yield model  # switched off already, and that they stay
-        else:  # adapters that transformers itself attached
-            model.disable_adapters()
-            try:
-                yield model
-            finally:
-                model.enable_adapters()
+        else:  # adapters that transformers attached, or the model inside PEFT's wrapper
+            for layer in layers:
+                layer.enable_adapters(False)
+            yield model
     finally:
+        for layer, was_off in off.items():
+            layer.enable_adapters(not was_off)
         for parameter, trains in wanted.items():
             parameter.requires_grad_(trains)
 
@@ -84,17 +85,19 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in sorted(named_base_modules(model).items()):
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         yield from ((f"{name}.{each}", tensor) for each, tensor in own)
-        for each, tensor in own:
-            yield from ((f"{name}.{each}.{scale}", found) for scale, found in _scales(tensor))
+        yield from ((f"{name}.{each}", tensor) for each, tensor in _scales(module))
 
 
-def _scales(tensor: Any) -> Iterator[tuple[str, Tensor]]:
+def _scales(module: Any) -> Iterator[tuple[str, Tensor]]:
     """What bitsandbytes keeps beside packed weights: without it, they say nothing of their size."""
-    state, depth = getattr(tensor, "quant_state", None), 0
-    while state is not None and depth < 2:
+    weight = getattr(module, "weight", None)
+    state, path = getattr(weight, "quant_state", None), "quant_state"
+    while state is not None:
         for name in ("absmax", "code", "offset"):
             if (found := getattr(state, name, None)) is not None:
-                yield f"{depth}.{name}", found
-        state, depth = getattr(state, "state2", None), depth + 1
-    if (found := getattr(tensor, "SCB", None)) is not None:
-        yield "SCB", found
+                yield f"{path}.{name}", found
+        state, path = getattr(state, "state2", None), f"{path}.state2"
+    # The first forward pass moves those of 8-bit weights from the weight to the module's state.
+    for place in (weight, getattr(module, "state", None)):
+        if (found := getattr(place, "SCB", None)) is not None:
+            yield "SCB", found

@@ -36,6 +36,7 @@ class Cache:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = Path(path).expanduser()
+        self._warned = False
         self.path = path if path.suffix in {".sqlite", ".db", ".sqlite3"} else path / "judgements.sqlite"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,14 +65,16 @@ class Cache:
         return found
 
     def write(self, key: str, judgement: Judgement) -> None:
-        """Keep one judgement. A full disk costs the cache's use, not the evaluation."""
+        """Keep one judgement. A full disk costs the cache's use, not the evaluation, and is told once."""
         try:
             with self._open() as connection:
                 connection.execute(
                     "INSERT OR REPLACE INTO judgements VALUES (?, ?, ?)", (key, judgement.score, judgement.reason)
                 )
-        except sqlite3.Error as error:
-            _log.warning("A judgement could not be kept in %s: %s", self.path, error)
+        except (OSError, ValueError, sqlite3.Error) as error:
+            if not self._warned:
+                self._warned = True
+                _log.warning("Judgements cannot be kept in %s: %s", self.path, error)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:

@@ -11,11 +11,11 @@ from .judge import Judge, Outcome
 from .judgement import Judgement
 from .reply import Unreadable, check
 
-Scoring = Callable[[Any, str, "str | None"], float]
+Scoring = Callable[..., Any]
 
 
 class FunctionJudge(Judge):
-    """Calls a function with the prompt (its text, or its messages), the answer and the reference.
+    """Calls a function with the prompt (its text, or its messages), the answer and, if it takes one, the reference.
 
     Nothing is kept on disk: the function may change without its name changing.
 
@@ -27,8 +27,8 @@ class FunctionJudge(Judge):
 
     def __init__(self, function: Scoring, name: str, *, progress: bool = True) -> None:
         super().__init__(cache=False, progress=progress)
-        self.function: Callable[..., Any] = function
-        self._takes = 3 if len(inspect.signature(function).parameters) > 2 else 2
+        self.function = function
+        self._takes_reference = _can_be_called(function, "", "", reference=None)
         self.name = name
         self.model = getattr(function, "__qualname__", type(function).__qualname__)
 
@@ -42,9 +42,22 @@ class FunctionJudge(Judge):
         only_text = len(conversation) == 1 and conversation[0]["role"] == "user"
         prompt: Any = conversation[0]["content"] if only_text else conversation
         try:
-            given = (prompt, sample.answer, sample.reference)[: self._takes]
-            return Judgement(check(self.function(*given)))
+            more = {"reference": sample.reference} if self._takes_reference else {}
+            return Judgement(check(self.function(prompt, sample.answer, **more)))
         except Unreadable as error:
             return Judgement(error=str(error))
         except Exception as error:  # noqa: BLE001  (a missing judgement, as for every judge)
             return Judgement(error=f"{type(error).__name__}: {error}"[:200])
+
+
+def scores(function: Scoring) -> bool:
+    """Whether it can be called as a function that scores."""
+    return _can_be_called(function, "", "") or _can_be_called(function, "", "", reference=None)
+
+
+def _can_be_called(function: Scoring, *args: Any, **kwargs: Any) -> bool:
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True

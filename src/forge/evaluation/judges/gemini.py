@@ -10,7 +10,7 @@ from typing import Any
 from .concessions import Concessions
 from .fence import Question
 from .insistence import Ask
-from .remote import RemoteJudge, key_from, package
+from .remote import RemoteJudge, check_address, key_from, package
 from .reply import SCHEMA, Reply
 from .trouble import Passing, Permanent, Trouble, from_status, from_transport
 
@@ -38,7 +38,7 @@ class GeminiJudge(RemoteJudge):
             hidden thoughts count.
 
     Raises:
-        ConflictError: No key, or an option with an impossible value.
+        ConflictError: No key, a key in the address, or an option with an impossible value.
         UnsupportedError: The package google-genai is not installed.
     """
 
@@ -53,6 +53,7 @@ class GeminiJudge(RemoteJudge):
         **options: Any,
     ) -> None:
         self._package = package("google.genai", "gemini", self.name)
+        check_address(base_url, option="base_url", key="api_key")
         super().__init__(model, **{"max_tokens": 8192, **options})
         self.base_url = base_url
         key = key_from(api_key, "GEMINI_API_KEY", "GOOGLE_API_KEY", judge=self.name, option="api_key")
@@ -62,7 +63,7 @@ class GeminiJudge(RemoteJudge):
     @property
     def identity(self) -> tuple[str, ...]:
         """The judge's name, model and address."""
-        return (self.name, self.model, self.base_url)
+        return (*super().identity, self.base_url)
 
     @contextmanager
     def connect(self) -> Iterator[Ask]:

@@ -10,7 +10,7 @@ from typing import Any
 from .concessions import Concessions
 from .fence import Question
 from .insistence import Ask
-from .remote import RemoteJudge, key_from, package
+from .remote import RemoteJudge, check_address, key_from, package
 from .reply import SCHEMA, Reply
 from .trouble import Passing, Permanent, Trouble, from_status, from_transport
 
@@ -38,7 +38,7 @@ class GigaChatJudge(RemoteJudge):
         options: Those of `Limits`, and `rubric`, `cache`, `progress`.
 
     Raises:
-        ConflictError: No key, or an option with an impossible value.
+        ConflictError: No key, a key in an address, or an option with an impossible value.
         UnsupportedError: The package gigachat is not installed.
     """
 
@@ -57,6 +57,10 @@ class GigaChatJudge(RemoteJudge):
     ) -> None:
         self._package = package("gigachat", "gigachat", self.name)
         self._errors = package("gigachat.exceptions", "gigachat", self.name)
+        for option, address in {"base_url": base_url, "auth_url": auth_url}.items():
+            variable = f"GIGACHAT_{option.upper()}"
+            found = address or os.environ.get(variable) or ""
+            check_address(found, option=option if address else variable, key="credentials")
         super().__init__(model, **options)
         key = key_from(credentials, "GIGACHAT_CREDENTIALS", judge=self.name, option="credentials")
         self.secrets = (key,)
@@ -68,7 +72,7 @@ class GigaChatJudge(RemoteJudge):
     @property
     def identity(self) -> tuple[str, ...]:
         """The judge's name, model and address."""
-        return (self.name, self.model, self.base_url)
+        return (*super().identity, self.base_url)
 
     @contextmanager
     def connect(self) -> Iterator[Ask]:

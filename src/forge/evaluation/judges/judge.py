@@ -43,22 +43,27 @@ class Judge:
     >>> judge.score(["Hello?"], ["Hello!"]).describe()
     'LLM judge: mean 100.0 on 1 of 1 samples'
 
+    Scores of a judge of your own are kept on disk only if its class says which `version` of it they are from:
+
+    >>> class Kinder(Kind):
+    ...     version = "1"
+
     Args:
         rubric: What to look for: a `Rubric`, or its criteria as a text.
-        cache: Whether scores are kept on disk, in `forge.assets.cache_folder() / "judgements"` (those of a judge of
-            your own only if it has a `version`); or where.
+        cache: Whether scores are kept on disk, in `forge.assets.cache_folder() / "judgements"`; or where.
         progress: Whether a bar is shown for more than a few samples.
 
     Raises:
-        ConflictError: An empty rubric, or a cache that cannot be used.
+        ConflictError: An empty rubric, a cache that cannot be used, or a place for one and no `version`.
     """
 
     name: str = ""
     model: str = ""
-    """Both are part of what tells judges apart in the cache: change one when a judge of your own judges differently."""
-    longest: str = "its greatest length"
+    """Both are part of what tells judges apart."""
     version: str = ""
-    """Of a judge of your own: without one its scores are not kept, as nobody could tell that its code has changed."""
+    """Of a judge of your own: without one its scores are not kept on disk, as nobody could tell that its code has
+    changed. Change it whenever the judge judges differently."""
+    longest: str = "its greatest length"
     secrets: tuple[str, ...] = ()
     """What must not appear in an error; never part of `repr`, of the cache or of a result."""
 
@@ -68,16 +73,22 @@ class Judge:
         self.rubric = Rubric.of(rubric)
         self.progress = progress
         kept = bool(self.version) or type(self).__module__.startswith("forge.")
-        place = (cache_folder() / "judgements" if kept else False) if cache is True else cache
-        self.cache = None if place is False else Cache(place)
+        if not kept and not isinstance(cache, bool):
+            raise ConflictError(
+                f"cache={str(cache)!r}: {type(self).__name__} has no version, so that its scores would be taken for "
+                'those of its changed code. Set version = "1" in the class, or leave cache= out.'
+            )
+        place = cache_folder() / "judgements" if cache is True else cache
+        self.cache = Cache(place) if kept and place is not False else None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(model={self.model!r}, rubric={self.rubric.digest!r})"
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """What tells this judge from others in the cache."""
-        return (self.name or f"{type(self).__module__}.{type(self).__qualname__}", self.model, self.version)
+        """What tells this judge from others, in the cache and in a result. Never its key."""
+        kind = f"{type(self).__module__}.{type(self).__qualname__}"
+        return (self.name or kind, self.model, f"{kind} {self.version}" if self.version else "")
 
     def reply(self, question: Question) -> Reply | str:
         """What the judge says to one question; an exception of any kind is a missing judgement.
@@ -104,7 +115,8 @@ class Judge:
             ConflictError: Lists of different lengths, none at all, or what is not text.
         """
         samples = _samples(prompts, answers, references)
-        keys = [key_of(self.identity, self.rubric.digest, sample) for sample in samples]
+        identity = self.identity
+        keys = [key_of(identity, self.rubric.digest, sample) for sample in samples]
         known = self.cache.read(list(dict.fromkeys(keys))) if self.cache else {}
         todo = {key: sample for key, sample in zip(keys, samples, strict=True) if key not in known}
         replies: list[Reply] = []
@@ -124,8 +136,8 @@ class Judge:
             warnings.warn(f"{message}: {given_up}.", ForgeWarning, stacklevel=2)
         usage = self._usage(replies, cached=len(keys) - len(todo))
         name = self.name or type(self).__name__
-        identity = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:16]
-        result = JudgeResult(name, self.model, self.rubric.digest, tuple(known[key] for key in keys), usage, identity)
+        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        result = JudgeResult(name, self.model, self.rubric.digest, tuple(known[key] for key in keys), usage, digest)
         _log.info("%s", result.describe())
         return result
 

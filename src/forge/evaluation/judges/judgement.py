@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
+
+# What no file can hold (half of a surrogate pair), and what a terminal would obey.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -13,13 +17,17 @@ class Judgement:
 
     Args:
         score: 0 to 100; None where there is none, which is not a score of 0.
-        reason: In the judge's words.
+        reason: In the judge's words, without control characters.
         error: Why there is no score.
     """
 
     score: float | None = None
     reason: str = ""
     error: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", _printable(self.reason))
+        object.__setattr__(self, "error", None if self.error is None else _printable(self.error))
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,8 @@ class JudgeResult:
         rubric: The digest of what it was told.
         judgements: One a sample.
         usage: What it took.
-        identity: A digest of all that tells this judge from others: its server or its weights too.
+        identity: Sixteen hexadecimal digits that tell this judge from others of its name and model: a digest of the
+            server, or of the weights, the chat template and the length of replies.
     """
 
     judge: str
@@ -108,3 +117,7 @@ class JudgeResult:
             "usage": asdict(self.usage),
             "judgements": [asdict(one) for one in self.judgements],
         }
+
+
+def _printable(text: str) -> str:
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)

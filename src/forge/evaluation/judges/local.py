@@ -88,7 +88,7 @@ class LocalJudge(Judge):
     @property
     def identity(self) -> tuple[str, ...]:
         """The judge's name, a digest of the base's weights, and what else its words depend on."""
-        return (self.name, self._digest, str(self.max_new_tokens), _written_by(self.tokenizer))
+        return (*super().identity[::2], self._digest, str(self.max_new_tokens), _tokenizer_digest(self.tokenizer))
 
     def score(self, *args: Any, **kwargs: Any) -> Any:
         """Judge answers, as every judge does."""
@@ -177,8 +177,8 @@ class LocalJudge(Judge):
         return question.messages
 
 
-def _written_by(tokenizer: Any) -> str:
-    """A digest of how questions become tokens."""
+def _tokenizer_digest(tokenizer: Any) -> str:
+    """A digest of its chat template and its vocabulary."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps([tokenizer.chat_template, vocabulary]).encode()).hexdigest()[:16]
 

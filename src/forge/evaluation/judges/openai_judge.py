@@ -14,7 +14,7 @@ from ...errors import ConflictError
 from .concessions import Concessions
 from .fence import Question
 from .insistence import Ask
-from .remote import RemoteJudge, key_from, package
+from .remote import RemoteJudge, check_address, key_from, package
 from .reply import SCHEMA, Reply
 from .trouble import Passing, Trouble, from_status
 
@@ -45,7 +45,7 @@ class OpenAIJudge(RemoteJudge):
         options: Those of `Limits`, and `rubric`, `cache`, `progress`.
 
     Raises:
-        ConflictError: No key, no model, or an option with an impossible value.
+        ConflictError: No key, no model, a key in the address, or an option with an impossible value.
         UnsupportedError: The package openai is not installed.
     """
 
@@ -56,12 +56,7 @@ class OpenAIJudge(RemoteJudge):
     ) -> None:
         self._package = package("openai", "openai", self.name)
         self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).rstrip("/")
-        parts = urlsplit(self.base_url)
-        if "@" in parts.netloc or parts.query or parts.fragment:
-            raise ConflictError(
-                "base_url contains a user, a password or a query, which files and errors would show. Give the address "
-                "alone, such as https://host/v1, and the key as api_key=."
-            )
+        check_address(self.base_url, option="base_url" if base_url else "OPENAI_BASE_URL", key="api_key")
         if model is None and self.base_url != DEFAULT_URL:
             raise ConflictError(
                 f"base_url={self.base_url!r} without model: say which of that server's models is the judge, "
@@ -80,7 +75,7 @@ class OpenAIJudge(RemoteJudge):
     @property
     def identity(self) -> tuple[str, ...]:
         """The judge's name, model and address."""
-        return (self.name, self.model, self.base_url)
+        return (*super().identity, self.base_url)
 
     @contextmanager
     def connect(self) -> Iterator[Ask]:

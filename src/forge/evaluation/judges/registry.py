@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 from ...errors import ConflictError, UnknownNameError
-from .function import FunctionJudge
+from .function import FunctionJudge, scores
 from .judge import Judge
 
 Registered = TypeVar("Registered", bound=Callable[..., Any])
@@ -86,11 +86,12 @@ def register_judge(name: str) -> Callable[[Registered], Registered]:
         name: For `get_judge`. A name that is known is replaced.
 
     Returns:
-        A decorator for a subclass of `Judge`, for a function of `prompt`, `answer` and `reference` (by these names)
-        that returns a score from 0 to 100, or for any other function that takes options and returns a `Judge`.
+        A decorator for a subclass of `Judge`, for a function of `prompt` and `answer`, or of `prompt`, `answer` and
+        `reference` (by these names), that returns a score from 0 to 100, or for any other function that takes options
+        and returns a `Judge`.
 
     Raises:
-        ConflictError: An empty name, or what is neither.
+        ConflictError: An empty name, what is none of these, or a function with other parameters.
     """
     if not isinstance(name, str) or not name.strip():
         raise ConflictError(f"register_judge({name!r}): give a name, as in @register_judge('mine').")
@@ -101,12 +102,14 @@ def register_judge(name: str) -> Callable[[Registered], Registered]:
         if not callable(what):
             raise ConflictError(f"{what!r} is neither a Judge nor a function.")
         make: Callable[..., Any] = what
-        if not isinstance(what, type) and not _scores(make) and (needed := _needed(make)):
+        scoring = _scores(make)
+        if not isinstance(what, type) and not (scores(make) if scoring else not _needed(make)):
+            takes = ", ".join(map(str, inspect.signature(make).parameters.values()))
             raise ConflictError(
-                f"{getattr(what, '__name__', what)} takes {', '.join(needed)}. A function that scores takes (prompt, "
-                "answer) or (prompt, answer, reference), by these names; one that makes a judge needs no arguments."
+                f"{getattr(what, '__name__', what)} takes {takes}. A function that scores takes (prompt, answer) or "
+                "(prompt, answer, reference), by these names; one that makes a judge has a default for every option."
             )
-        _registered[name] = partial(FunctionJudge, make, name) if _scores(make) else make
+        _registered[name] = partial(FunctionJudge, make, name) if scoring else make
         return what
 
     return register

@@ -132,6 +132,19 @@ def package(name: str, extra: str, judge: str) -> Any:
         ) from error
 
 
+def check_address(address: str, *, option: str, key: str) -> None:
+    """Refuse an address that could hold a key: addresses stand in results, errors and the cache.
+
+    Raises:
+        ConflictError: It has a user, a query or a fragment; the message does not repeat it.
+    """
+    if set(address) & set("@?#"):
+        raise ConflictError(
+            f"{option} contains a user, a password or a query, which files and errors would show. Give the "
+            f"address alone, such as https://host/v1, and the key as {key}=."
+        )
+
+
 def key_from(given: str | None, *variables: str, judge: str, option: str) -> str:
     """A key: the one that was given, else that of the first variable that is set.
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 SCHEMA = {
@@ -17,8 +18,6 @@ SCHEMA = {
 """The reason first: a model that explains before it decides decides better. Bounds are left to the parser, since not
 every server knows them."""
 
-# What no file can hold (half of a surrogate pair), and what a terminal would obey.
-_UNPRINTED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
 
 
@@ -73,7 +72,7 @@ def read(text: str) -> tuple[float, str]:
     score, reason = found["score"], found["reason"]
     if not isinstance(reason, str):
         raise Unreadable("the reason is not a text")
-    return check(score), _UNPRINTED.sub("\N{REPLACEMENT CHARACTER}", reason)
+    return check(score), reason
 
 
 def check(score: Any) -> float:
@@ -84,7 +83,8 @@ def check(score: Any) -> float:
     """
     if hasattr(score, "item") and getattr(score, "ndim", None) == 0:  # NumPy's and torch's numbers
         score = score.item()
-    if isinstance(score, bool) or not isinstance(score, (int, float)):
+    is_number = isinstance(score, Real) and not isinstance(score, bool)
+    if not is_number:
         raise Unreadable("the score is not a number")
     if not 0 <= score <= 100 or not math.isfinite(score):
         raise Unreadable("the score is not within 0 and 100")
