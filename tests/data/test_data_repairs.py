@@ -53,7 +53,7 @@ def test_calls_of_tools_are_learnt_where_the_template_writes_them():
 def test_what_the_template_does_not_write_is_not_learnt_and_said():
     said, report = learnt(own("smollm2"), TOOLS[:2] + TOOLS[3:])
     assert said == ["It will.<|im_end|>", "Welcome.<|im_end|>"]
-    assert any("does not write all that 1 messages say" in warning for warning in report.warnings)
+    assert any("does not write all that is said in 1 row" in warning for warning in report.warnings)
 
 
 @pytest.mark.skipif("qwen2_5" not in BUNDLED, reason="this TRL ships no templates")
@@ -185,7 +185,7 @@ def test_arguments_of_calls_come_back_as_they_were():
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("prompt,completion\nq,a,more\n", "line 2: 3 fields"), ("prompt,completion\nq,a\n\nq\n", "line 4: 1 fields")],
+    [("prompt,completion\nq,a,more\n", "line 2: 3 fields"), ("prompt,completion\nq,a\n\nq\n", "line 4: 1 field under")],
 )
 def test_csv_columns_do_not_shift(tmp_path, text, line):
     path = tmp_path / "a.csv"

@@ -311,3 +311,99 @@ def test_the_tokenizer_is_left_alone():
         len(tokenizer),
         tokenizer.padding_side,
     ) == before
+
+
+class Slow:
+    """What ByT5's tokenizer is: bytes, without places."""
+
+    @staticmethod
+    def load(chat_template=None):
+        from transformers import ByT5Tokenizer
+
+        tokenizer = ByT5Tokenizer()
+        tokenizer.chat_template = chat_template
+        return tokenizer
+
+
+@pytest.mark.filterwarnings("ignore:This sequence already has")
+def test_tokenizers_without_places():
+    tokenizer = Slow.load()
+    assert not tokenizer.is_fast
+    row = prepare_dataset([{"text": "abc"}], tokenizer).train[0]
+    assert tokenizer.decode(row["input_ids"]) == "abc</s>"
+    assert row["labels"] == [-100, *row["input_ids"][1:]]
+    row = prepare_dataset([{"prompt": "ab", "completion": "cd"}], tokenizer).train[0]
+    assert tokenizer.decode([label for label in row["labels"] if label != -100]) == "cd</s>"
+    with pytest.raises(UnsupportedError, match="Load the fast tokenizer"):
+        prepare_dataset([{"messages": [user("q"), assistant("a")]}], Slow.load(OWN["smollm2"]))
+
+
+@pytest.mark.filterwarnings("ignore:This sequence already has")
+def test_a_prompt_that_runs_into_its_answer_without_places():
+    from tokenizers import AddedToken
+
+    tokenizer = Slow.load()
+    tokenizer.add_tokens([AddedToken("bc")])
+    with pytest.raises(UnsupportedError, match=r"cannot be told apart\. Load the fast tokenizer"):
+        prepare_dataset([{"prompt": "ab", "completion": "cd"}], tokenizer)
+
+
+def test_a_beginning_of_sequence_token_is_written_once():
+    tokenizer = sentencepiece_like()
+    tokenizer.chat_template = None
+    tokenizer.add_bos_token = True
+    tokenizer.update_post_processor() if hasattr(tokenizer, "update_post_processor") else None
+    for text in ("word", "<s>word", ""):
+        ids = encode_prompt(tokenizer, text)
+        expected = tokenizer(text, add_special_tokens=not text.startswith("<s>"))["input_ids"]
+        assert ids == expected
+        assert ids.count(tokenizer.bos_token_id) <= 1
+
+
+def test_whole_numbers_of_any_kind():
+    import numpy as np
+
+    tokenizer = tiny_tokenizer()
+    rows = [{"prompt": "q", "completion": "a" * 50}]
+    data = prepare_dataset(rows, tokenizer, max_length=np.int64(40))
+    assert (data.report.max_length, len(data.train[0]["input_ids"])) == (40, 40)
+    json.dumps(data.report.to_dict())
+    assert str(data.preview(np.int64(0))) == str(data.preview(0))
+    for asked in (3.0, "10", True):
+        with pytest.raises(ConflictError, match="is no whole number"):
+            prepare_dataset(rows, tokenizer, max_length=asked)
+    with pytest.raises(ConflictError, match="neither a row nor the number of one"):
+        data.preview("0")
+
+
+def test_the_format_can_be_named_wherever_rows_are_read():
+    tokenizer = tiny_tokenizer()
+    both = {"messages": [user("q"), assistant("from messages")], "prompt": "q", "completion": "from the pair"}
+    for format, said in (("messages", "from messages"), ("prompt-completion", "from the pair")):
+        data = prepare_dataset([both], tokenizer, format=format)
+        assert f"{said}<|im_end|>" in str(data.preview(both))
+        assert str(preview(both, tokenizer, format=format)) == str(data.preview(both)) == str(data.preview(0))
+        assert question_and_reference(both, chat=True, format=format) == ([user("q")], said)
+    for read in (lambda: preview(both, tokenizer), lambda: question_and_reference(both)):
+        with pytest.raises(ConflictError, match="more than one way"):
+            read()
+
+
+def test_one_is_not_many():
+    data = prepare_dataset([{"prompt": "q", "completion": "a" * 50}], tiny_tokenizer(), max_length=40)
+    assert "1 row, which lost" in str(data.report)
+    assert "1 rows" not in str(data.report)
+    validation = [{"prompt": "else", "completion": "a"}]
+    held = prepare_dataset([{"prompt": "q", "completion": "a"}], tiny_tokenizer(), validation=validation)
+    assert held.report.validation_from == "validation, 1 row"
+
+
+def test_rows_of_which_nothing_is_left_count_as_cut():
+    rows = [{"prompt": "q" * 100, "completion": "a"}, {"prompt": "q", "completion": "a" * 30}]
+    tokenizer = tiny_tokenizer()
+    whole = prepare_dataset(rows, tokenizer).report.train
+    report = prepare_dataset(rows, tokenizer, max_length=40).report
+    assert report.train.dropped == {"nothing of the answer left after max_length": [0]}
+    assert report.train.lengths == whole.lengths
+    assert (report.train.truncated_rows, report.train.truncated_tokens) == (2, whole.lengths.total - 80)
+    assert report.max_length_keeping_99_percent == prepare_dataset(rows, tokenizer).report.max_length_keeping_99_percent

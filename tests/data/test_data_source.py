@@ -183,9 +183,98 @@ def test_rows_with_columns_that_arrow_filled():
 
 
 def test_keys_that_hold_nothing_are_no_part_of_a_message():
-    """Templates of older transformers see them; newer ones take them out themselves."""
-    call = {"function": {"name": "f", "arguments": {"x": 1, "y": None}}, "id": None}
+    """Templates of older transformers see them, newer ones take them out. Inside a call they say something."""
+    call = {"function": {"name": "f", "arguments": {"x": 1, "y": None}}}
     written = {"role": "assistant", "content": None, "name": None, "tool_calls": [call]}
-    assert read_messages([written], "messages") == [
-        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
-    ]
+    assert read_messages([written], "messages") == [{"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is empty"),
+        ("\n", "is empty"),
+        ('question,answer\nq,"never closed\nr,b\n', "row that begins in line 2: unexpected end of data"),
+        ('question,answer\nq,a\n"Yes" he said,b\n', "row that begins in line 3: ',' expected after '\"'"),
+        ("question,answer,answer\nq,a,b\n", "header names answer more than once"),
+        ('question,answer\n"two\nlines",a\nq\n', "line 4: 1 field under"),
+    ],
+)
+def test_tables_that_would_be_misread(tmp_path, text, said):
+    path = tmp_path / "rows.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ForgeError) as caught:
+        prepare_dataset(path, tiny_tokenizer())
+    assert said in str(caught.value)
+
+
+def test_a_field_as_long_as_a_book(tmp_path):
+    path = tmp_path / "rows.tsv"
+    path.write_text("question\tanswer\nq\t" + "a" * 200_000 + "\n", encoding="utf-8")
+    assert len(prepare_dataset(path, tiny_tokenizer()).train[0]["completion"][0]["content"]) == 200_000
+
+
+def test_a_transform_makes_the_rows_of_a_split_too():
+    table = datasets.Dataset.from_list(PAIRS).with_transform(
+        lambda batch: {**batch, "question": [f"SYS {text}" for text in batch["question"]]}
+    )
+    data = prepare_dataset(datasets.DatasetDict(train=table, test=table.select([0])), tiny_tokenizer())
+    assert all(row["prompt"][0]["content"].startswith("SYS ") for side in (data.train, data.validation) for row in side)
+    assert len(data.validation) == 1
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_pictures_are_not_decoded(listed):
+    """These would fail if they were."""
+    broken = {"bytes": b"no picture", "path": None}
+    feature = datasets.Image()
+    features = datasets.Features(
+        question=datasets.Value("string"),
+        answer=datasets.Value("string"),
+        image=datasets.List(feature) if listed else feature,
+    )
+    rows = [{**row, "image": [broken] if listed else broken} for row in PAIRS]
+    data = prepare_dataset(datasets.Dataset.from_list(rows, features=features), tiny_tokenizer())
+    assert len(data.train) == 6
+    assert "columns not used: image" in data.report.notes
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"tools": [TOOL], "messages": ROWS[0]["messages"]},
+        {"messages": ROWS[0]["messages"], "tools": [TOOL]},
+        {"prompt": "q", "completion": "a", "tools": [TOOL]},
+        {"tools": [TOOL], "prompt": ROWS[0]["messages"][:1], "completion": ROWS[0]["messages"][1:]},
+        {"prompt": "q", "completion": "a", "facts": [{"x": 1}]},
+    ],
+)
+def test_an_object_that_is_one_row(tmp_path, row):
+    path = tmp_path / "row.json"
+    path.write_text(json.dumps(row), encoding="utf-8")
+    assert len(prepare_dataset(path, tiny_tokenizer()).train) == 1
+    path.write_text(json.dumps({"text": "What this is", "rows": PAIRS}), encoding="utf-8")
+    assert len(prepare_dataset(path, tiny_tokenizer()).train) == 6
+
+
+HALF = "half \ud83d"
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"question": HALF, "answer": "a"}, "question"),
+        ({"messages": [user("q"), assistant(HALF)]}, r"messages\[1\]\.content"),
+        ({"messages": json.dumps([user("q"), assistant(HALF)])}, r"messages\[1\]\.content"),
+        ({"prompt": "q", "chosen": "a", "rejected": HALF}, "rejected"),
+        ({"text": HALF}, "text"),
+        ({"question": "q", "answer": "a", "tools": [{**TOOL, "name": HALF}]}, r"tools\[0\]\.name"),
+    ],
+)
+def test_half_characters_are_named(tmp_path, row, field):
+    path = write_lines(tmp_path / "half.jsonl", [row])
+    with pytest.raises(ForgeError, match=rf"row 0, {field}: holds half a character \(U\+D83D, character 5\)"):
+        prepare_dataset(path, tiny_tokenizer())

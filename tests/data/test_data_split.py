@@ -116,7 +116,7 @@ def test_nonsense_sizes(size):
 
 def test_one_question_cannot_be_split():
     samples = [Sample(n, [user("same")], [assistant(str(n))]) for n in range(10)]
-    with pytest.raises(ConflictError, match=r"only 1 different questions \(the largest is asked 10 times\)"):
+    with pytest.raises(ConflictError, match=r"only 1 different question \(the most frequent 10 times\)"):
         split(samples, 3)
 
 
@@ -133,3 +133,75 @@ def test_the_size_is_met_as_nearly_as_the_questions_allow():
 def test_rows_without_a_question_are_told_apart_by_all_of_it():
     samples = [Sample(n, [], [assistant(f"opening {n}")]) for n in range(10)]
     assert len({sample.key for sample in samples}) == 10
+
+
+def dialogue(*turns, greeting=""):
+    speakers = ("Human", "Assistant")
+    return greeting + "".join(f"\n\n{speakers[n % 2]}: {said}" for n, said in enumerate(turns))
+
+
+@pytest.mark.parametrize("greeting", ["", "\n\nAssistant: Hello!"], ids=["asked", "greeted"])
+@pytest.mark.parametrize("form", ["implicit", "explicit", "pairs", "text"])
+@pytest.mark.parametrize("template", [True, False])
+def test_growing_dialogues_in_text_stay_together(form, greeting, template):
+    """HH's: each answer is a row with all that was said before it, a greeting perhaps first."""
+    rows = []
+    for number in range(40):
+        asked = f"What is {number}?"
+        for turns in ((asked,), (asked, f"It is {number}.", f"Why {number}?")):
+            said = dialogue(*turns, greeting=greeting)
+            good, bad = f" good {number}{len(turns)}", f" bad {number}{len(turns)}"
+            if form == "implicit":
+                rows.append({"chosen": f"{said}\n\nAssistant:{good}", "rejected": f"{said}\n\nAssistant:{bad}"})
+            elif form == "explicit":
+                rows.append({"prompt": f"{said}\n\nAssistant:", "chosen": good, "rejected": bad})
+            elif form == "pairs":
+                rows.append({"prompt": f"{said}\n\nAssistant:", "completion": good})
+            else:
+                rows.append({"text": f"{said}\n\nAssistant:{good}"})
+    tokenizer = TOKENIZER if template else tiny_tokenizer(chat_template=None)
+    data = prepare_dataset(rows, tokenizer, validation=0.25)
+    column = "text" if form == "text" else "prompt"
+    sides = [
+        {str(said).split("What is ")[1].split("?")[0] for said in side[column]}
+        for side in (data.train, data.validation)
+    ]
+    assert not sides[0] & sides[1]
+    assert [len(side) for side in sides] == [30, 10]
+
+
+def test_greeted_conversations_that_grow_stay_together():
+    rows = [
+        {"messages": [assistant(f"Hello {turn}!"), *conversation(number)[: 2 * turn]]}
+        for number in range(40)
+        for turn in (1, 2, 3)
+    ]
+    data = prepare_dataset(rows, TOKENIZER, validation=0.25)
+    assert_apart(data)
+    assert len(data.validation) == 30
+
+
+def test_the_sides_do_not_depend_on_the_chat_template():
+    """Without one the system prompt is part of the text; it is no more part of the question for that."""
+    rows = [
+        {"system": f"You are {who}.", "prompt": f"Question {number}?", "completion": f"{who} says {number}"}
+        for number in range(40)
+        for who in ("a pirate", "a poet")
+    ]
+    answers = []
+    for tokenizer in (TOKENIZER, tiny_tokenizer(chat_template=None)):
+        held = prepare_dataset(rows, tokenizer, validation=0.25).validation["completion"]
+        said = [answer if isinstance(answer, str) else answer[0]["content"] for answer in held]
+        assert len({answer.split()[-1] for answer in said}) == 10
+        answers.append(said)
+    assert answers[0] == answers[1]
+
+
+def test_sizes_may_be_numpys():
+    import numpy as np
+
+    rows = [{"prompt": f"{number}", "completion": "a"} for number in range(20)]
+    for size in (np.int64(5), np.float32(0.25), np.float64(0.25)):
+        assert len(prepare_dataset(rows, TOKENIZER, validation=size).validation) == 5
+    with pytest.raises(ConflictError, match="validation='' is neither a split"):
+        prepare_dataset(rows, TOKENIZER, validation="")

@@ -1,5 +1,6 @@
 """The labels that reach the model are the ones that were prepared, whoever trains."""
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,7 @@ from chat_families import assistant, learnt_text, own, system, user, with_templa
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq
 
-from forge.data import prepare_dataset, question_and_reference
+from forge.data import encode_prompt, prepare_dataset, question_and_reference
 from forge.errors import UnsupportedError
 from support.models import text_model
 
@@ -167,3 +168,80 @@ def test_tools_and_template_options_reach_the_template():
     prompt, reference = question_and_reference(first)
     assert (len(prompt), reference) == (4, "two")
     assert prompt[2]["tool_calls"] == [call]
+
+
+def test_dpo_trainer_writes_no_second_end_after_rendered_texts(make_trainer, tokenizer):
+    asked = "<|im_start|>user\n{}?<|im_end|>\n<|im_start|>assistant\n"
+    rows = [
+        {"prompt": asked.format(n), "chosen": f"good {n}<|im_end|>\n", "rejected": "bad<|im_end|> \n"} for n in range(4)
+    ]
+    data = prepare_dataset(rows, tokenizer)
+    trainer = make_trainer("dpo", trainer_options={"train_dataset": data.train}, max_steps=1, max_length=512)
+    for number, row in enumerate(trainer.train_dataset):
+        assert tokenizer.decode(row["chosen_ids"]) == f"good {number}<|im_end|>"
+        assert tokenizer.decode(row["rejected_ids"]) == "bad<|im_end|>"
+        ids = [token.id for token in data.preview(number).parts["chosen"]]
+        assert ids == row["prompt_ids"] + row["chosen_ids"]
+    assert data.report.train.supervised_tokens == sum(len(row["chosen_ids"]) for row in trainer.train_dataset)
+
+
+CALLING = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
+    "{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def calling(**arguments):
+    return [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+
+
+@pytest.mark.parametrize("others", [{"x": 1.5}, {"x": 2**70}, {"x": "one"}, {"y": 1}])
+def test_arguments_of_every_type_are_what_was_said(others):
+    """A column of objects would make 1.0 of 1, and cannot hold the rest."""
+    tokenizer = with_template(CALLING)
+    rows = [
+        {"messages": [user("a"), *calling(x=1), {"role": "tool", "content": "r"}, assistant("done")]},
+        {"messages": [user("b"), *calling(**others), {"role": "tool", "content": "r"}, assistant("done")]},
+    ]
+    for row in prepare_dataset(rows, tokenizer).train:
+        prompt, reference = question_and_reference(row)
+        ids = encode_prompt(tokenizer, prompt)
+        assert (row["input_ids"][: len(ids)], reference) == (ids, "done")
+
+
+@pytest.mark.parametrize("others", [{"x": 1.5}, {"x": 2**70}, {"x": "one"}, {"y": 1}])
+def test_preferences_whose_calls_arrow_would_change_are_refused(others):
+    tokenizer = with_template(CALLING)
+    rows = [
+        {"prompt": [user("a")], "chosen": calling(x=1), "rejected": [assistant("no")]},
+        {"prompt": [user("b")], "chosen": calling(**others), "rejected": [assistant("no")]},
+    ]
+    assert len(prepare_dataset(rows[:1], tokenizer).train) == 1
+    with pytest.raises(UnsupportedError, match=r"no type in common.*render both sides to text"):
+        prepare_dataset(rows, tokenizer)
+
+
+def test_options_of_templates_of_every_type():
+    rows = [
+        {**row, "chat_template_kwargs": {"mood": mood}}
+        for row, mood in zip(PAIRS, (1, 1.5, "sad", 2**70), strict=False)
+    ]
+    assert len(prepare_dataset(rows, with_template(CALLING)).train) == 4
+    rows = [{"prompt": row["question"], "chosen": "a", "rejected": "b", **row} for row in rows]
+    for row in rows:
+        del row["question"], row["answer"]
+    with pytest.raises(UnsupportedError, match="chat_template_kwargs"):
+        prepare_dataset(rows, with_template(CALLING))
+
+
+@pytest.mark.parametrize(
+    ("others", "listed"), [((1, 2), True), ((1, 2**70), False), ((1, 1.5), False), ((1, [2]), False)]
+)
+def test_other_keys_of_messages_come_back_as_they_were(others, listed):
+    rows = [{"messages": [{**user(f"q{n}"), "turn": turn}, assistant("a")]} for n, turn in enumerate(others)]
+    found = prepare_dataset(rows, with_template(CALLING)).train["messages"]
+    assert all(isinstance(messages, list) == listed for messages in found)
+    read = [messages if listed else json.loads(messages) for messages in found]
+    assert [messages[0]["turn"] for messages in read] == list(others)
+    assert [type(messages[0]["turn"]) for messages in read] == [type(turn) for turn in others]

@@ -377,3 +377,24 @@ def test_a_model_that_judges_itself_is_named_as_such(model, tokenizer, adapted):
     judged = peft.get_peft_model(model, lora()) if adapted else model
     found = evaluate_model(judged, tokenizer, sft_messages(2), judge="local", judge_samples=1, **OFF)
     assert any("the evaluated model itself" in note for note in found.notes) == (not adapted)
+
+
+def test_what_a_row_says_to_its_chat_template_reaches_the_prompt(model, tokenizer):
+    tokenizer.chat_template = (
+        "{{ mood }}{% for tool in tools or [] %}{{ tool.name }}{% endfor %}" + tokenizer.chat_template
+    )
+    rows = [
+        {
+            "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "tools": [{"name": "TOOL"}],
+            "chat_template_kwargs": {"mood": "MOOD"},
+        }
+    ]
+    seen = []
+    generate = model.generate
+    model.generate = lambda input_ids, **more: seen.append(input_ids) or generate(input_ids=input_ids, **more)
+    data = prepare_dataset(rows, tokenizer)
+    evaluate_model(model, tokenizer, data.train, **OFF)
+    prompt = tokenizer.decode(seen[0][0])
+    assert prompt.startswith("MOODTOOL")
+    assert tokenizer.decode(data.train[0]["input_ids"]).startswith(prompt)

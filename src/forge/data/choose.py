@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from ..compat import has_generation_markers, training_chat_template
 from ..errors import UnsupportedError
-from .template import REMEDY, ChatTemplate, marked_answers, probe, runs
+from .marked import marked_answers, runs
+from .structure import probe
+from .template import REMEDY, ChatTemplate
 from .tokens import TemplateRefusalError, control_tokens, end_of_turn_id, render
 
 if TYPE_CHECKING:
@@ -31,7 +33,12 @@ def choose_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
         known = training_chat_template(tokenizer)
         return by_prefix(tokenizer, dated) if known is None else by_training_template(tokenizer, known, dated)
     if _stop_is_learnt(tokenizer, None):
-        return ChatTemplate(tokenizer, None, "markers", _ends(tokenizer, None), marked=True, notes=dated)
+        try:
+            otherwise = by_prefix(tokenizer)
+        except UnsupportedError:
+            otherwise = None
+        ends = _ends(tokenizer, None)
+        return ChatTemplate(tokenizer, None, "markers", ends, marked=True, notes=dated, otherwise=otherwise)
     why = "the template's own markers leave the end-of-turn token out, so answers were found without them"
     return by_prefix(tokenizer, (*dated, why))
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import ForgeError
+from ..errors import ForgeError, UnsupportedError
 from .rows import Sample
 from .template import ChatTemplate
-from .tokens import Messages, TemplateRefusalError, encode_text, render, shared_length
+from .tokens import Messages, TemplateRefusalError, beginning, encode_text, render, shared_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,12 +55,14 @@ class Encoder:
         self.tokenizer = tokenizer
         self.template = template
         self.end = end
+        self._beginning = beginning(tokenizer)
 
     def encode(self, sample: Sample) -> Tokens:
         """One sample.
 
         Raises:
             TemplateRefusalError: the chat template would not write it.
+            UnsupportedError: the tokenizer cannot tell the prompt's tokens from the answer's.
         """
         if sample.rejected is not None:
             return self._preference(sample)
@@ -72,15 +74,37 @@ class Encoder:
 
     def _plain(self, prompt: str, answer: str) -> Tokens:
         """Text, tokenised whole as TRL does, so that words at the seam are what they are in running text."""
-        ids, places = encode_text(self.tokenizer, prompt + self._ended(answer))
+        ids, places = encode_text(self.tokenizer, prompt + self._ended(answer), self._beginning)
+        if not self.tokenizer.is_fast:
+            return self._without_places(prompt, ids)
         # Some tokenizers place white space nowhere, so what is learnt is all from the answer's first token on; what is
         # first of all is predicted by nothing.
         first = next((index for index, (_, end) in enumerate(places) if end > len(prompt)), len(ids))
         return Tokens(ids, [index >= max(first, 1) for index in range(len(ids))])
 
+    def _without_places(self, prompt: str, ids: list[int]) -> Tokens:
+        """Text of a tokenizer that does not say where its tokens are: the prompt's are known if they come first."""
+        asked = encode_text(self.tokenizer, prompt, self._beginning)[0] if prompt else []
+        if ids[: len(asked)] != asked:
+            raise UnsupportedError(
+                f"{type(self.tokenizer).__name__} does not say where in the text its tokens are, and a prompt's tokens "
+                "change with the answer after it, so they cannot be told apart. Load the fast tokenizer: "
+                "AutoTokenizer.from_pretrained(...)."
+            )
+        return Tokens(ids, [index >= max(len(asked), 1) for index in range(len(ids))])
+
     def _ended(self, text: str) -> str:
         # A conversation that was rendered before may end with a line end after its last token.
         return text if text.rstrip().endswith(self.end) else text + self.end
+
+    def trim(self, sample: Sample) -> None:
+        """Take the white space away after the end of preferred texts: DPOTrainer would write a second end after it."""
+        if isinstance(sample.answer, str) and isinstance(sample.rejected, str):
+            sample.answer, sample.rejected = self._trimmed(sample.answer), self._trimmed(sample.rejected)
+
+    def _trimmed(self, text: str) -> str:
+        bare = text.rstrip()
+        return bare if bare.endswith(self.end) else text
 
     def _preference(self, sample: Sample) -> Tokens:
         """Both sides as DPOTrainer tokenises them; what they and the prompt share is the prompt."""
@@ -135,6 +159,7 @@ def encode_all(encoder: Encoder, samples: Sequence[Sample], name: str) -> list[T
 
 
 def _encoded_or_refused(encoder: Encoder, sample: Sample) -> Tokens | str:
+    encoder.trim(sample)
     try:
         found = encoder.encode(sample)
     except TemplateRefusalError as refusal:

@@ -13,8 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ForgeError
-from .messages import describe
+from ..errors import ConflictError, ForgeError
+from .formats import find_layout
+from .lengths import counted
+from .messages import describe, looks_like_messages
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -82,8 +84,8 @@ def _read_json(path: Path) -> list[Row]:
         ) from None
     if isinstance(found, dict):
         lists = [name for name, held in found.items() if isinstance(held, list) and held and isinstance(held[0], dict)]
-        if not lists or {"role", "from"} & found[lists[0]][0].keys():
-            return [found]  # one row: nothing in it is a list of rows
+        if not lists or _is_row(found):
+            return [found]
         if len(lists) > 1:
             raise ForgeError(f"{path} holds several lists of objects: {', '.join(lists)}. Keep the one that is meant.")
         found = found[lists[0]]
@@ -95,6 +97,18 @@ def _read_json(path: Path) -> list[Row]:
     return found
 
 
+def _is_row(found: Row) -> bool:
+    """Whether an object is a row itself: its lists are messages, or its own columns make a format."""
+    if any(isinstance(held, list) and looks_like_messages(held) for held in found.values()):
+        return True
+    columns = [name for name in found if name != "tools"]
+    try:
+        format = find_layout(columns, {name: [found[name]] for name in columns if found[name] is not None}).format
+    except ConflictError:
+        return False
+    return format != "text" or "tools" in found  # a text beside a list of rows may describe them
+
+
 def _around(text: str, position: int) -> str:
     return repr(text[max(0, position - 20) : position + 20])
 
@@ -102,21 +116,31 @@ def _around(text: str, position: int) -> str:
 def _read_table(path: Path) -> list[Row]:
     # Everything is text: an answer "007" is no number, and one that says "NA" is not missing.
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    lines = csv.reader(io.StringIO(_text(path), newline=""), delimiter=separator)
+    text = _text(path)
+    if not text.strip():
+        raise ForgeError(f"{path} is empty, and so has no rows: not even a header with the names of the columns.")
+    # Strict: else a quote that is never closed swallows the rest of the file, without a word.
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     before = csv.field_size_limit(sys.maxsize)  # the module's own limit would refuse a long document
     try:
-        header = next(lines, [])
-        rows: list[Row] = []
+        begin, header, rows = 1, next(lines), list[Row]()
+        if twice := sorted({column for column in header if header.count(column) > 1}):
+            raise ForgeError(f"{path}: the header names {', '.join(twice)} more than once. Rename or remove a column.")
+        begin = lines.line_num + 1
         for fields in lines:
             if len(fields) == len(header):
                 rows.append(dict(zip(header, fields, strict=True)))
             elif fields:
                 raise ForgeError(
-                    f"{path}, line {lines.line_num}: {len(fields)} fields under a header of {len(header)} "
+                    f"{path}, line {begin}: {counted(len(fields), 'field')} under a header of {len(header)} "
                     f"({', '.join(header)}). Quote fields that hold the separator or line ends."
                 )
+            begin = lines.line_num + 1
     except csv.Error as error:
-        raise ForgeError(f"{path}, line {lines.line_num}: {error}.") from None
+        raise ForgeError(
+            f"{path}, the row that begins in line {begin}: {error}. A field that begins with a quote must end with "
+            "one; quotes inside it are doubled."
+        ) from None
     finally:
         csv.field_size_limit(before)
     return rows

@@ -32,6 +32,15 @@ class Lengths:
         return cls(ordered[0], rank[0], rank[1], ordered[-1], sum(ordered))
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, in words.
+
+    >>> counted(1, "row"), counted(2000, "row")
+    ('1 row', '2,000 rows')
+    """
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def lost(lengths: Sequence[int], max_length: int) -> tuple[int, int]:
     """How many rows are longer, and how many tokens they have beyond it.
 

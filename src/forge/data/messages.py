@@ -70,7 +70,7 @@ def looks_like_messages(value: Any) -> str | None:
 def _message(message: Any, path: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise BadValueError(path, f"{describe(message)}, where an object with role and content belongs")
-    message = without_nulls(message)
+    message = {key: held for key, held in message.items() if held is not None}
     role_key, content_key = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
     if role_key not in message:
         raise BadValueError(f"{path}.role", f"missing; the message has {', '.join(message) or 'nothing'}")
@@ -118,16 +118,18 @@ def _content(content: Any, path: str) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        parts = [without_nulls(part) for part in content]
-        others = sorted({str(part.get("type")) for part in parts} - {"text"})
+        others = sorted({str(part.get("type")) for part in content} - {"text"})
         if others:
             raise BadValueError(path, f"holds parts of the type {', '.join(others)}; forge prepares text only")
-        return "".join(str(part.get("text", "")) for part in parts)
+        return "".join(str(part.get("text") or "") for part in content)
     raise BadValueError(path, f"{describe(content)}, where text belongs")
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without keys that hold nothing: Arrow gives every row the keys of all rows."""
+    """The value without keys that hold nothing, at any depth: Arrow gives every row the keys of all rows.
+
+    Not for rows from elsewhere: a null in a call's arguments or in the schema of a tool is what somebody said.
+    """
     if isinstance(value, dict):
         return {key: without_nulls(held) for key, held in value.items() if held is not None}
     return [without_nulls(held) for held in value] if isinstance(value, list) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError
@@ -24,7 +25,7 @@ def dataset(samples: Sequence[Sample], tokens: Sequence[Tokens], format: str, ma
         max_length: rows are cut to so many tokens; of preferences none are, since DPOTrainer tokenises.
 
     Raises:
-        UnsupportedError: preferences whose messages have no type in common.
+        UnsupportedError: preferences whose calls of tools have no type in common.
     """
     import datasets
     import pyarrow as pa  # type: ignore[import-untyped]
@@ -36,7 +37,7 @@ def dataset(samples: Sequence[Sample], tokens: Sequence[Tokens], format: str, ma
     if any(sample.tools for sample in samples):  # TRL reads them as JSON too, which Arrow cannot change
         columns["tools"] = pa.array([json.dumps(sample.tools) if sample.tools else None for sample in samples])
     if any(sample.options for sample in samples):
-        columns["chat_template_kwargs"] = pa.array([sample.options or {} for sample in samples])
+        columns["chat_template_kwargs"] = _objects([sample.options or {} for sample in samples], format)
     return datasets.Dataset(pa.table(columns))
 
 
@@ -64,18 +65,47 @@ def _conversation(samples: Sequence[Sample], format: str) -> dict[str, list[Any]
 
 
 def _said(values: list[Any], format: str) -> Any:
-    """A column of conversations; as JSON where messages hold what has no type in common (arguments of tool calls)."""
+    """A column of conversations or texts."""
     import pyarrow as pa
 
-    called = any(isinstance(m, dict) and m.get("tool_calls") for said in values if isinstance(said, list) for m in said)
+    kinds: dict[str, set[type]] = {}
+    for said in values:
+        for message in said if isinstance(said, list) else ():
+            for key, held in message.items():
+                kinds.setdefault(key, set()).add(type(held))
+    if all(len(held) == 1 and held <= {str, int, float, bool} for held in kinds.values()):
+        with suppress(OverflowError):
+            return pa.array(values)
+    return _objects(values, format)
+
+
+def _objects(values: list[Any], format: str) -> Any:
+    """A column of what Arrow would change: it gives all values under a key one type, and all objects the same keys.
+
+    As JSON, but for preferences, whose trainer reads the objects themselves.
+    """
+    import pyarrow as pa
+
+    if format != "preference":
+        return pa.array([json.dumps(value, ensure_ascii=False, default=str) for value in values])
     try:
-        if called and format != "preference":  # Arrow would give all arguments one type, and 1 come back as 1.0
-            raise pa.ArrowTypeError("calls of tools")
-        return pa.array(values)
+        column = pa.array(values)
+        read = [json.dumps(_bare(value), sort_keys=True, default=str) for value in column.to_pylist()]
+        said = [json.dumps(_bare(value), sort_keys=True, default=str) for value in values]
+        wrong = next((f"{a} would become {b}" for a, b in zip(said, read, strict=True) if a != b), None)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-        if format == "preference":  # DPOTrainer reads the messages themselves
-            raise UnsupportedError(
-                f"The messages of these preferences have no type in common, as a data set needs ({error}). Write the "
-                "arguments of tool calls as JSON text."
-            ) from error
-        return pa.array([json.dumps(value, ensure_ascii=False) for value in values])
+        wrong = str(error)
+    if wrong is not None:
+        raise UnsupportedError(
+            "These preferences hold objects (calls of tools, or chat_template_kwargs) that have no type in common, as "
+            f"a column of a data set needs: {wrong}. Give all of them the same keys and types, or render both sides to "
+            "text first (tokenizer.apply_chat_template)."
+        )
+    return column
+
+
+def _bare(value: Any) -> Any:
+    """Messages without keys that hold nothing, which say nothing to a template; inside them a null is something."""
+    if not isinstance(value, list):
+        return value
+    return [{key: held for key, held in message.items() if held is not None} for message in value]

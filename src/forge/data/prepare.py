@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConflictError, ForgeError
 from .encode import Encoder, Tokens, encode_all
 from .formats import FormatName, Layout, find_layout
-from .lengths import Lengths, lost, shortest_that_keeps
+from .lengths import Lengths, counted, lost, shortest_that_keeps
 from .output import dataset as output
 from .prepared import PreparedData
 from .read import read
-from .remarks import notes, notes_on_rows, warnings_on_length, warnings_on_unwritten, warnings_on_words
+from .remarks import (
+    notes,
+    notes_on_rows,
+    warnings_on_length,
+    warnings_on_tools,
+    warnings_on_unwritten,
+    warnings_on_words,
+)
 from .report import DataReport, SplitReport
 from .rows import CUT_AWAY, UNPROVEN, Sample
 from .source import Rows, load
@@ -68,8 +76,7 @@ def prepare_dataset(
     """
     if isinstance(tokenizer, str):
         raise ConflictError(f"tokenizer={tokenizer!r}: load it first, AutoTokenizer.from_pretrained({tokenizer!r}).")
-    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2):
-        raise ConflictError(f"max_length={max_length!r}: a row needs two tokens at least for one to be learnt.")
+    max_length = _max_length(max_length)
     rows = load(dataset)
     held_out = _validation(rows, validation)
     layout = find_layout(rows.columns, rows.first_values(), format)
@@ -89,12 +96,13 @@ def prepare_dataset(
         leakage=tuple(sample.row for sample in leaking),
         validation_from=_said_of(held_out),
         notes=(
-            *notes(layout, way, tokenizer, rows.columns),
+            *notes(layout, way, tokenizer, (*rows.columns, *rows.media)),
             *notes_on_rows([s for side in sides.values() for s in side.samples], [d.unlearnt for d in done.values()]),
         ),
         warnings=(
             *warnings_on_length(layout, max_length, done["train"].lengths),
-            *warnings_on_unwritten(sum(side.unwritten for side in done.values())),
+            *warnings_on_unwritten([row for side in done.values() for row in side.unwritten]),
+            *warnings_on_tools(way, [sample for side in sides.values() for sample in side.samples]),
             *warnings_on_words(way, [sample for side in sides.values() for sample in side.samples]),
         ),
     )
@@ -160,16 +168,31 @@ def _sides(
     return {"train": train, "validation": validation}, leaking
 
 
+def _max_length(asked: Any) -> int | None:
+    if asked is None:
+        return None
+    if isinstance(asked, bool) or not isinstance(asked, Integral):
+        raise ConflictError(
+            f"max_length={asked!r} is no whole number. Pass a number of tokens, or None to cut nothing."
+        )
+    if asked < 2:
+        raise ConflictError(f"max_length={asked!r}: a row needs two tokens at least for one to be learnt.")
+    return int(asked)
+
+
 def _validation(rows: Rows, validation: Any) -> Rows | float | int | None:
     """The validation set's rows, or its size."""
     if validation is None:
         return rows.held_out[1] if rows.held_out else None
-    if isinstance(validation, (int, float)):
-        return validation
+    if isinstance(validation, bool):
+        return validation  # refused with the other sizes that are none
+    if isinstance(validation, Real):  # NumPy's numbers too
+        return int(validation) if isinstance(validation, Integral) else float(validation)
     if isinstance(validation, str):
         if validation in rows.splits:
             return rows.splits[validation]
-        if not Path(validation).expanduser().exists() and "/" not in validation and "." not in validation:
+        is_path = Path(validation).expanduser().exists() or "/" in validation or "." in validation
+        if not validation or not is_path:
             splits = ", ".join(rows.splits) or "none besides the training rows"
             raise ConflictError(
                 f"validation={validation!r} is neither a split of {rows.name} (it has {splits}) nor a file. Pass a "
@@ -187,13 +210,14 @@ class _Done:
     dataset: Dataset
     lengths: list[int]
     unlearnt: int
-    unwritten: int
+    unwritten: list[int]
     report: SplitReport
 
 
 def _finish(side: _Side, encoder: Encoder, format: FormatName, max_length: int | None) -> _Done:
     """One side in tokens, cut and counted."""
     tokens = encode_all(encoder, side.samples, side.name)
+    unwritten = [sample.row for sample, row in zip(side.samples, tokens, strict=True) if row.unwritten]
     kept: list[tuple[Sample, Tokens]] = []
     for sample, row in zip(side.samples, tokens, strict=True):
         if not any(row.learnt):
@@ -223,7 +247,7 @@ def _finish(side: _Side, encoder: Encoder, format: FormatName, max_length: int |
         output(side.samples, rows, format, max_length),
         lengths,
         sum(r.unlearnt_turns for r in rows),
-        sum(r.unwritten for r in tokens),
+        unwritten,
         report,
     )
 
@@ -232,6 +256,6 @@ def _said_of(held_out: Rows | float | int | None) -> str | None:
     if held_out is None:
         return None
     if isinstance(held_out, Rows):
-        return f"{held_out.name}, {len(held_out):,} rows"
-    asked = f"{held_out:.1%} of the rows" if isinstance(held_out, float) else f"{held_out:,} rows"
+        return f"{held_out.name}, {counted(len(held_out), 'row')}"
+    asked = f"{held_out:.1%} of the rows" if isinstance(held_out, float) else counted(held_out, "row")
     return f"{asked}, split off by the hash of what they ask"

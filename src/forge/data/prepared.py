@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import index
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConflictError, UnsupportedError
@@ -43,20 +44,24 @@ class PreparedData:
         """What is learnt from a row, token by token.
 
         Args:
-            sample: the row's number in `train` (or `validation`), or a row, prepared or not.
+            sample: the row's number in `train` (or `validation`), or a row, prepared or in the format of these rows.
             split: which side the number counts in.
 
         Raises:
             ConflictError: there is no such row.
         """
-        if not isinstance(sample, int):
-            return preview(sample, self._tokenizer)
+        if isinstance(sample, Mapping):
+            return preview(sample, self._tokenizer, format=self.report.format)
+        try:
+            sample = index(sample)  # NumPy's numbers too
+        except TypeError:
+            raise ConflictError(f"sample={sample!r} is neither a row nor the number of one.") from None
         rows = self.train if split == "train" else self.validation
         if rows is None:
             raise ConflictError("There is no validation set. Prepare with validation=0.05, or preview a training row.")
         if not -len(rows) <= sample < len(rows):
             raise ConflictError(f"There is no row {sample}: {split} has {len(rows):,} rows, counted from 0.")
-        return preview(rows[sample], self._tokenizer)
+        return preview(rows[sample], self._tokenizer, format=self.report.format)
 
     def collator(self) -> Any:
         """The collator for a plain `Trainer`: TRL's for language modelling, which pads labels with -100.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from .formats import find_layout
+from .formats import FormatName, find_layout
 from .messages import Messages
 from .rows import read_row
 
 
-def question_and_reference(row: Mapping[str, Any], *, chat: bool = False) -> tuple[Messages | str, str] | None:
+def question_and_reference(
+    row: Mapping[str, Any], *, chat: bool = False, format: FormatName | Literal["auto"] = "auto"
+) -> tuple[Messages | str, str] | None:
     """The prompt of a row and its reference answer; of a conversation, all before the last answer and that answer.
 
     >>> question_and_reference({"question": "2 + 2?", "answer": "4"})
@@ -25,6 +27,7 @@ def question_and_reference(row: Mapping[str, Any], *, chat: bool = False) -> tup
             reference is the chosen answer.
         chat: turn questions that are plain text into messages, as `prepare_dataset` does for tokenizers with a chat
             template. Rows that are prepared have been.
+        format: of the row, as for `prepare_dataset`.
 
     Returns:
         Messages (or plain text, where the row has no messages) and the reference; None where the row has no prompt
@@ -35,7 +38,8 @@ def question_and_reference(row: Mapping[str, Any], *, chat: bool = False) -> tup
         BadValueError: a field holds what it cannot hold.
     """
     values = {column: value for column, value in row.items() if column not in _MADE}
-    layout = find_layout(list(values), {column: [value] for column, value in values.items() if value is not None})
+    given = {column: [value] for column, value in values.items() if value is not None}
+    layout = find_layout(list(values), given, format)
     if layout.format == "text":
         return None
     sample = read_row(values, 0, layout, chat=chat)

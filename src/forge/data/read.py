@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import ForgeError
 from .formats import Layout
-from .messages import BadValueError
+from .messages import BadValueError, without_nulls
 from .rows import DUPLICATE, Sample, read_row
 from .source import Rows
 
@@ -30,8 +30,9 @@ def read(rows: Rows, layout: Layout, *, chat: bool) -> tuple[list[Sample], dict[
     dropped: dict[str, list[int]] = {}
     broken: list[str] = []
     seen: set[str] = set()
+    arrow = not isinstance(rows.rows, list)
     for number, row in enumerate(rows):
-        sample = _read(row, number, layout, chat)
+        sample = _read(without_nulls(row) if arrow else row, number, layout, chat)
         if isinstance(sample, BadValueError):
             broken.append(f"row {number}, {sample}")
         elif isinstance(sample, str):

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..compat import default_max_length
 from .formats import Layout
-from .lengths import lost
+from .lengths import counted, lost
 from .rows import Sample
+from .template import ChatTemplate
+from .tokens import render
 from .way import Way
 
 if TYPE_CHECKING:
@@ -63,27 +65,48 @@ def warnings_on_length(layout: Layout, max_length: int | None, lengths: Sequence
         yield f"preferences are tokenised, and cut, by DPOTrainer: pass DPOConfig(max_length={max_length})"
 
 
-def warnings_on_unwritten(messages: int) -> Iterator[str]:
+def warnings_on_unwritten(rows: Sequence[int]) -> Iterator[str]:
     """On words that the chat template leaves out."""
-    if messages:
+    if rows:
         yield (
-            f"the chat template does not write all that {messages:,} messages say (calls and results of tools, or "
-            "roles, that it does not know): the model will not see it"
+            f"the chat template does not write all that is said in {counted(len(rows), 'row')} (calls and results of "
+            f"tools, thoughts, or roles, that it does not know), and a model will not see it {_numbers(rows)}"
         )
+
+
+def warnings_on_tools(way: Way, samples: Sequence[Sample]) -> Iterator[str]:
+    """On tools that the chat template does not tell the model of."""
+    if way.template is not None and (rows := [s.row for s in samples if s.tools and not _told(way.template, s)]):
+        yield (
+            f"the chat template writes nothing of the tools of {counted(len(rows), 'row')}, so a model will not know "
+            f"them {_numbers(rows)}"
+        )
+
+
+def _told(template: ChatTemplate, sample: Sample) -> bool:
+    if isinstance(sample.prompt, str) or isinstance(sample.answer, str):
+        return False
+    said: dict[str, Any] = {"chat_template": template.text, "options": sample.options}
+    messages = sample.prompt + sample.answer
+    with_tools, without = (render(template.tokenizer, messages, tools=t, **said) for t in (sample.tools, None))
+    return with_tools != without
 
 
 def warnings_on_words(way: Way, samples: Sequence[Sample]) -> Iterator[str]:
     """On words that the tokenizer takes for control tokens."""
     if way.template is None or not way.chat:
         return
-    marks = way.template.marks
+    marks = way.template.structure.marks
     holding = [s.row for s in samples if any(mark in said for said in _contents(s) for mark in marks)]
     if holding:
-        shown = ", ".join(str(row) for row in holding[:5])
         yield (
             f"in {len(holding):,} rows somebody's words hold control tokens of the chat template, which end turns "
-            f"where none ends (rows {shown}{', ...' if len(holding) > 5 else ''})"
+            f"where none ends {_numbers(holding)}"
         )
+
+
+def _numbers(rows: Sequence[int]) -> str:
+    return f"(rows {', '.join(str(row) for row in rows[:5])}{', ...' if len(rows) > 5 else ''})"
 
 
 def _contents(sample: Sample) -> Iterator[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .lengths import Lengths
+from .formats import FormatName
+from .lengths import Lengths, counted
 
 _ORIGINS = {
     "markers": "the chat template's own {% generation %} markers",
@@ -66,7 +67,7 @@ class DataReport:
         warnings: what is probably not meant.
     """
 
-    format: str
+    format: FormatName
     columns: dict[str, str]
     splits: tuple[SplitReport, ...]
     template: str
@@ -149,7 +150,7 @@ def _range(lengths: Lengths) -> str:
 def _cut(split: SplitReport) -> str:
     if not split.truncated_rows:
         return "none"
-    return f"{split.truncated_rows:,} rows, which lost {split.truncated_tokens:,} tokens"
+    return f"{counted(split.truncated_rows, 'row')}, which lost {counted(split.truncated_tokens, 'token')}"
 
 
 def _numbers(rows: list[int]) -> str:

@@ -1,16 +1,14 @@
-"""Rows of any format as one kind of sample: what is asked, what is answered, and what was preferred less."""
+"""Rows of any format as one kind of sample."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import unicodedata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from .formats import Layout
-from .messages import BadValueError, Messages, describe, from_json, looks_like_messages, read_messages, without_nulls
+from .messages import BadValueError, Messages, describe, from_json, looks_like_messages, read_messages
+from .sample import SYSTEM
+from .sample import Sample as Sample  # noqa: PLC0414 (for those who read rows)
 
 # Why a row is left out; also the words of the report.
 EMPTY_ROW = "empty row"
@@ -21,83 +19,6 @@ NO_PREFERENCE = "chosen and rejected are the same"
 DUPLICATE = "exact duplicate of an earlier row"
 UNPROVEN = "no answer that can be learnt"
 CUT_AWAY = "nothing of the answer left after max_length"
-
-
-@dataclass(slots=True)
-class Sample:
-    """A row in one of two shapes: messages, which a chat template writes, or plain text.
-
-    Args:
-        row: its number in the data set that was handed in, from 0.
-        prompt: what is never learnt (empty for format "text").
-        answer: what is learnt; of messages only the assistant's. For preferences the chosen answer.
-        rejected: the other answer of a preference, else None.
-        tools: for the chat template.
-        options: more arguments of the chat template (the column `chat_template_kwargs`).
-        unanswered: how many messages after the last answer were left out.
-    """
-
-    row: int
-    prompt: Messages | str
-    answer: Messages | str
-    rejected: Messages | str | None = None
-    tools: list[Any] | None = None
-    options: dict[str, Any] | None = None
-    unanswered: int = 0
-
-    @property
-    def conversational(self) -> bool:
-        """Whether a chat template writes it."""
-        return not isinstance(self.answer, str)
-
-    @property
-    def key(self) -> str:
-        """What rows that must not be on both sides of a split share: the hash of the prompt, normalised.
-
-        That is the first question: everything before the first answer to a user, without the system prompt and a
-        greeting; case, runs of white space and Unicode's compatibility forms make no difference. Where nothing is
-        asked, it is the whole.
-        """
-        if isinstance(self.prompt, str) or isinstance(self.answer, str):
-            # Dialogues in text (HH's) have their first question before the first answer.
-            said = [str(self.prompt).split(_TEXT_ANSWER)[0]] if self.prompt else [str(self.answer)]
-        else:
-            whole = self.prompt + self.answer
-            roles = [message["role"] for message in whole]
-            user = roles.index("user") if "user" in roles else 0
-            first = next((i for i in range(user, len(whole)) if roles[i] == "assistant"), len(whole))
-            asked = [whole[i]["content"] for i in range(user, first) if roles[i] not in _SYSTEM]
-            said = asked if any(text.strip() for text in asked) else [message["content"] for message in whole]
-        return _digest("\x1f".join(_normalised(text) for text in said))
-
-    @property
-    def system(self) -> str:
-        """The hash of the system prompt, normalised; that of nothing without one."""
-        if isinstance(self.prompt, str):
-            return _digest("")
-        said = [message["content"] for message in self.prompt if message["role"] in _SYSTEM]
-        return _digest("\x1f".join(_normalised(text) for text in said))
-
-    @property
-    def content(self) -> str:
-        """The hash of all that is in it."""
-        parts: tuple[Any, ...] = (self.prompt, self.answer, self.rejected, self.tools, self.options)
-        if not isinstance(self.prompt, str) and not isinstance(self.answer, str) and self.rejected is None:
-            parts = (self.prompt + self.answer, None, None, self.tools, self.options)
-        return _digest(json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str))
-
-
-_SYSTEM = ("system", "developer")
-_TEXT_ANSWER = "\n\nAssistant:"
-
-
-def _normalised(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def _digest(text: str) -> str:
-    # A lone surrogate is legal in JSON and not in UTF-8.
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def read_row(row: Mapping[str, Any], number: int, layout: Layout, *, chat: bool) -> Sample | str:
@@ -115,6 +36,11 @@ def read_row(row: Mapping[str, Any], number: int, layout: Layout, *, chat: bool)
     values = {field: row.get(column) for field, column in layout.columns.items()}
     if all(_blank(value) for field, value in values.items() if field != "system"):
         return EMPTY_ROW
+    for column in (*layout.columns.values(), *_PARSED):
+        value = row.get(column)
+        if isinstance(value, str) and "\\ud" in value.lower():  # the JSON of one
+            value = from_json(value, column) if column in _PARSED or looks_like_messages(value) else value
+        _check_text(value, column)
     sample = _READERS[layout.format](values, layout.columns, chat)
     if isinstance(sample, str):
         return sample
@@ -124,15 +50,36 @@ def read_row(row: Mapping[str, Any], number: int, layout: Layout, *, chat: bool)
         options = from_json(row.get("chat_template_kwargs"), "chat_template_kwargs")
         if options is not None and not isinstance(options, dict):
             raise BadValueError("chat_template_kwargs", f"{describe(options)}, where an object belongs")
-        sample.options = without_nulls(options) if options else None
+        sample.options = options or None
     return sample
+
+
+_PARSED = ("tools", "chat_template_kwargs")
+
+
+def _check_text(value: Any, path: str) -> None:
+    """Refuse text that is no Unicode: JSON can spell half a character, and neither Arrow nor a tokenizer takes it."""
+    if isinstance(value, str):
+        try:
+            value.isascii() or value.encode()
+        except UnicodeEncodeError as error:
+            raise BadValueError(
+                path, f"holds half a character (U+{ord(value[error.start]):04X}, character {error.start})"
+            ) from None
+    elif isinstance(value, dict):
+        for key, held in value.items():
+            _check_text(key, path)
+            _check_text(held, f"{path}.{key}")
+    elif isinstance(value, list):
+        for index, held in enumerate(value):
+            _check_text(held, f"{path}[{index}]")
 
 
 def _tools(tools: Any) -> list[Any] | None:
     tools = from_json(tools, "tools")
     if tools is not None and not isinstance(tools, list):
         raise BadValueError("tools", f"{describe(tools)}, where a list of functions belongs")
-    return without_nulls(tools) or None
+    return tools or None
 
 
 def _conversation(values: dict[str, Any], columns: dict[str, str], _: bool) -> Sample | str:
@@ -210,7 +157,7 @@ def _preferred_messages(
 
 def _with_question(prompt: str, shared: Messages, columns: dict[str, str]) -> Messages:
     """What both sides begin with, and the question beside them, which it begins with or answers."""
-    before = [message for message in shared if message["role"] in _SYSTEM]
+    before = [message for message in shared if message["role"] in SYSTEM]
     rest = shared[len(before) :]
     if not rest or rest[0]["role"] != "user":
         return [*before, {"role": "user", "content": prompt}, *rest]
@@ -268,7 +215,8 @@ def _asked(prompt: str, answer: str, system: str, chat: bool) -> Sample | str:
     if not answer.strip():
         return EMPTY_ANSWER
     if not chat:
-        return Sample(0, f"{system}\n\n{prompt}" if system.strip() else prompt, answer)
+        before = f"{system}\n\n" if system.strip() else ""
+        return Sample(0, before + prompt, answer, before=before)
     asked = _with_system(system, [{"role": "user", "content": prompt}])
     return Sample(0, asked, [{"role": "assistant", "content": answer}])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +26,14 @@ class Rows:
         rows: a list, or a `datasets.Dataset`.
         columns: of all rows.
         splits: the other splits that came with them, by name.
+        media: columns of pictures and sound, which are not read.
     """
 
     name: str
     rows: Sequence[Mapping[str, Any]]
     columns: tuple[str, ...]
     splits: dict[str, Rows]
+    media: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -82,7 +84,7 @@ def load(source: Any, *, name: str = "dataset") -> Rows:
         # Torch or NumPy formats would hand out arrays where text and lists are expected.
         if source.format["type"] == "custom":  # a transform makes the rows, so they are what it makes
             return _listed(name, [source[number] for number in range(len(source))])
-        return _rows(name, source.with_format(None), tuple(source.column_names))
+        return _table(name, source.with_format(None))
     if isinstance(source, Mapping) or not isinstance(source, Sequence):
         raise UnsupportedError(
             f"{name} is a {type(source).__name__}; pass a datasets.Dataset or DatasetDict, a list of dicts, a path or "
@@ -98,10 +100,23 @@ def _listed(name: str, rows: list[Mapping[str, Any]]) -> Rows:
     return _rows(name, rows, tuple(dict.fromkeys(column for row in rows for column in row)))
 
 
-def _rows(name: str, rows: Any, columns: tuple[str, ...], splits: dict[str, Rows] | None = None) -> Rows:
+def _table(name: str, table: Dataset) -> Rows:
+    # Pictures and sound would be decoded with every row that is looked at, and nothing is learnt from them here.
+    media = [column for column, feature in table.features.items() if _is_decoded(feature)]
+    rest = table.remove_columns(media) if len(media) < len(table.column_names) else table
+    return replace(_rows(name, rest, tuple(rest.column_names)), media=tuple(media))
+
+
+def _is_decoded(feature: Any) -> bool:
+    while hasattr(feature, "feature"):  # lists
+        feature = feature.feature
+    return hasattr(feature, "decode_example") and bool(getattr(feature, "decode", False))
+
+
+def _rows(name: str, rows: Any, columns: tuple[str, ...]) -> Rows:
     if not len(rows):
         raise ForgeError(f"{name} has no rows. There is nothing to prepare; check what it was filtered or read from.")
-    return Rows(name, rows, columns, splits or {})
+    return Rows(name, rows, columns, {})
 
 
 def _from_splits(splits: DatasetDict, name: str) -> Rows:
@@ -111,13 +126,13 @@ def _from_splits(splits: DatasetDict, name: str) -> Rows:
             f"Pass the one to train on: dataset[{next(iter(splits), 'name')!r}]."
         )
     others = {other: load(rows, name=f"split {other!r}") for other, rows in splits.items() if other != "train" and rows}
-    train = splits["train"]
-    return _rows(f"{name} (split 'train')", train.with_format(None), tuple(train.column_names), others)
+    train = load(splits["train"], name=f"{name} (split 'train')")
+    return replace(train, splits=others)
 
 
 def _from_path(source: str | Path, name: str) -> Rows:
     path = Path(source).expanduser()
-    if path.is_dir():
+    if source != "" and path.is_dir():
         return _from_folder(path, name)
     if path.is_file():
         return _listed_or_table(path, read_file(path))
@@ -132,7 +147,7 @@ def _from_path(source: str | Path, name: str) -> Rows:
 def _listed_or_table(path: Path, found: list[Mapping[str, Any]] | Dataset) -> Rows:
     if isinstance(found, list):
         return _listed(str(path), found)
-    return _rows(str(path), found, tuple(found.column_names))
+    return _table(str(path), found)
 
 
 def _from_folder(path: Path, name: str) -> Rows:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import ConflictError
+from .lengths import counted
 from .rows import Sample
 
 
@@ -63,8 +64,8 @@ def split(samples: Sequence[Sample], wanted: int) -> tuple[list[Sample], list[Sa
     if not held or len(held) == len(sizes):
         raise ConflictError(
             f"No split of {len(samples):,} rows comes near {wanted:,} for validation: rows that ask the same stay on "
-            f"one side, and there are only {len(sizes):,} different questions (the largest is asked "
-            f"{max(sizes.values()):,} times). Pass a validation set of your own, or another size."
+            f"one side, and they ask only {counted(len(sizes), 'different question')} (the most "
+            f"frequent {counted(max(sizes.values()), 'time')}). Pass a validation set of your own, or another size."
         )
     train = [sample for sample, key in zip(samples, keys, strict=True) if key not in held]
     return train, [sample for sample, key in zip(samples, keys, strict=True) if key in held]

@@ -8,16 +8,17 @@ that the template writes after answers. A template that keeps none of the three 
 
 from __future__ import annotations
 
-import json
 import re
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ..compat import has_generation_markers
+from .marked import covered_by, marked_places, runs
+from .said import says_only, shared, unwritten
 from .skeleton import Skeleton, Spans, skeleton
+from .structure import OTHER, Structure
 from .tokens import Messages, TemplateRefusalError, control_tokens, render, shared_length
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class ChatTemplate:
         marked: whether answers are where the template's markers are, or are found.
         every_turn: whether answers before the last are learnt.
         notes: what a reader of the report should know.
+        otherwise: how rows are masked in which markers do not mark every answer; None refuses them.
     """
 
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
@@ -69,6 +71,7 @@ class ChatTemplate:
     marked: bool = False
     every_turn: bool = True
     notes: tuple[str, ...] = ()
+    otherwise: ChatTemplate | None = field(default=None, repr=False)
 
     def encode(
         self,
@@ -89,7 +92,13 @@ class ChatTemplate:
             TemplateRefusalError: the template would not write them, or does not keep its promise for them.
         """
         if self.marked:
-            return self._by_markers(messages, first, tools, options)
+            try:
+                return self._by_markers(messages, first, tools, options)
+            except TemplateRefusalError:
+                if self.otherwise is None or _uncommon(messages, tools):
+                    raise
+                # Tokenizers that place white space nowhere lose the mark of an answer that begins with it.
+                return self.otherwise.encode(messages, first, tools, options)
         if self.origin == "TRL" and self._has_markers and _uncommon(messages, tools):
             # Where tools speak between the answers, TRL knows better where one ends than the first stop token does.
             try:
@@ -101,25 +110,27 @@ class ChatTemplate:
     def _by_markers(
         self, messages: Messages, first: int, tools: list[Any] | None, options: dict[str, Any] | None
     ) -> Encoded:
-        ids, marked = marked_answers(self.tokenizer, messages, self.text, tools, options)
-        spans, kept = runs(marked), None
-        if first or self.origin == "TRL" or any(map(_is_context, messages)):
-            turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-            if len(turns) != len(spans):
-                raise TemplateRefusalError(
-                    f"it marks {len(spans)} stretches as the assistant's, and the conversation has {len(turns)} answers"
-                )
-            kept = [(span, turn) for span, turn in zip(spans, turns, strict=True) if turn >= first]
-            asked = len(kept)
-            kept = [(span, turn) for span, turn in kept if not _is_context(messages[turn])]
-            if self.origin == "TRL":
-                kept = [(self._narrowed(ids, span, messages[:turn], tools, options), turn) for span, turn in kept]
-            spans = [span for span, _ in kept if span[0] < span[1]]
-        learnt = [False] * len(ids)
-        for start, end in spans:
-            learnt[start:end] = [True] * (end - start)
-        unlearnt = asked - len(spans) if kept is not None else 0
-        return Encoded(ids, learnt, unlearnt, self._unwritten(messages, tools, options))
+        ids, marked, places = marked_places(self.tokenizer, messages, self.text, tools, options)
+        whole = render(self.tokenizer, messages, chat_template=self.text, tools=tools, options=options)
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        spans, learnt = runs(marked), [False] * len(ids)
+        if len(turns) != len(spans):
+            raise TemplateRefusalError(
+                f"it marks {len(spans)} stretches as the assistant's, and the conversation has {len(turns)} answers"
+            )
+        kept = [(span, turn) for span, turn in zip(spans, turns, strict=True) if turn >= first]
+        unlearnt = 0
+        for span, turn in kept:
+            start, end = self._narrowed(ids, span, messages[:turn], tools, options)
+            proven = start < end and not _is_context(messages[turn])
+            if proven:
+                proven = says_only(messages, turn, whole[places[start][0] : places[end - 1][1]], self._control)
+            if proven and _uncommon(messages, tools):
+                proven = places[end - 1][1] <= self._bound(whole, messages, turn, tools, options)
+            if proven:
+                learnt[start:end] = [True] * (end - start)
+            unlearnt += not proven
+        return Encoded(ids, learnt, unlearnt, unwritten(messages, whole))
 
     def _narrowed(
         self,
@@ -129,18 +140,22 @@ class ChatTemplate:
         tools: list[Any] | None,
         options: dict[str, Any] | None,
     ) -> tuple[int, int]:
-        """An answer without what the generation prompt writes, and without what follows its end: TRL marks both."""
+        """An answer without what the generation prompt writes, and without what follows its end: TRL marks both.
+
+        The model's own markers are believed, but for a header that swallows the white space with which they begin.
+        """
         start, end = span
-        if before:
+        if before and (self.origin == "TRL" or ids[start] in self._spelling):
             said: dict[str, Any] = {"chat_template": self.text, "tools": tools, "options": options}
             prompt = render(self.tokenizer, before, add_generation_prompt=True, **said)
             asked = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            shared = shared_length(ids, asked)
-            if (
-                shared < start
-            ):  # what was asked is written otherwise once more follows: whose words these are is unknown
+            common = shared_length(ids, asked)
+            if common < start and self.origin == "TRL":
+                # What was asked is written otherwise once more follows: whose words these are is unknown.
                 return start, start
-            start = max(start, shared)
+            start = max(start, common)
+        if self.origin != "TRL":
+            return start, end
         last = next((index for index in range(end - 1, start - 1, -1) if ids[index] in self.ends), end - 1)
         return start, last + 1
 
@@ -151,21 +166,14 @@ class ChatTemplate:
         spans = self._quickly(messages, whole, first) if not tools and not options else None
         if spans is None:
             spans = list(self._find(messages, whole, first, tools, options).values())
-            unwritten = _unwritten(messages, whole)
+            lost = unwritten(messages, whole)
         else:
-            unwritten = 0
+            lost = 0
         asked = sum(message["role"] == "assistant" for message in messages[first:])
         encoding = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
         ids = list(encoding["input_ids"])
-        headers = {index for index, token in enumerate(ids) if token in self._controls}
-        return Encoded(ids, _covered(encoding["offset_mapping"], spans, headers), asked - len(spans), unwritten)
-
-    def _unwritten(self, messages: Messages, tools: list[Any] | None, options: dict[str, Any] | None) -> int:
-        if not _uncommon(messages, tools):
-            return 0
-        return _unwritten(
-            messages, render(self.tokenizer, messages, chat_template=self.text, tools=tools, options=options)
-        )
+        headers = {index for index, token in enumerate(ids) if token in self._spelling}
+        return Encoded(ids, covered_by(encoding["offset_mapping"], spans, headers), asked - len(spans), lost)
 
     def _quickly(self, messages: Messages, whole: str, first: int) -> Spans | None:
         """The answers' places by the skeleton of these roles, if there is one and it fits."""
@@ -199,16 +207,20 @@ class ChatTemplate:
                 continue
             if _is_context(messages[index]):
                 continue
-            start, end = self._span(whole, messages, index, tools, options)
+            span = self._span(whole, messages, index, tools, options)
             before = max((stop for _, stop in spans.values()), default=0)
-            if start >= before and _is_its_own(messages, index, whole[start:end]):
-                spans[index] = (start, end)
+            if (
+                span is not None
+                and span[0] >= before
+                and says_only(messages, index, whole[slice(*span)], self._control)
+            ):
+                spans[index] = span
         return spans
 
     def _span(
         self, whole: str, messages: Messages, index: int, tools: list[Any] | None, options: dict[str, Any] | None
-    ) -> tuple[int, int]:
-        """Where in the text an answer begins and ends."""
+    ) -> tuple[int, int] | None:
+        """Where in the text an answer begins and ends; None if it does not end before the next message begins."""
         said: dict[str, Any] = {"chat_template": self.text, "tools": tools, "options": options}
         before = render(self.tokenizer, messages[:index], add_generation_prompt=True, **said)
         if not whole.startswith(before):
@@ -218,32 +230,37 @@ class ChatTemplate:
             )
         # Control tokens that are part of what was said do not end it.
         skipped = len(self._stop.findall(str(messages[index]["content"])))
-        for number, found in enumerate(self._stop.finditer(whole, len(before))):
-            if number == skipped:
-                return len(before), found.end()
-        raise TemplateRefusalError(f"it writes no end-of-turn token after message {index}. {REMEDY}")
+        found = next(islice(self._stop.finditer(whole, len(before)), skipped, None), None)
+        if found is None or found.end() > self._bound(whole, messages, index, tools, options):
+            return None
+        return len(before), found.end()
+
+    def _bound(
+        self, whole: str, messages: Messages, index: int, tools: list[Any] | None, options: dict[str, Any] | None
+    ) -> int:
+        """Where in the text what the next message says begins: there the text changes if it says something else."""
+        for later in range(index + 1, len(messages)):
+            kept = {key: held for key, held in messages[later].items() if key not in ("content", "tool_calls")}
+            other = [*messages[:later], {**kept, "content": OTHER}, *messages[later + 1 :]]
+            try:
+                text = render(self.tokenizer, other, chat_template=self.text, tools=tools, options=options)
+            except TemplateRefusalError:
+                # Then the text up to the answer's end, which the template may have to write without what follows.
+                text = render(
+                    self.tokenizer, messages[: index + 1], chat_template=self.text, tools=tools, options=options
+                )
+            if text != whole:  # else it does not write that message
+                return shared(text, whole)
+        return len(whole)
 
     @cached_property
-    def marks(self) -> frozenset[str]:
-        """The control tokens that the template itself writes, in the tokenizer's spelling."""
-        controls = control_tokens(self.tokenizer)
-        written = render(self.tokenizer, probe(4), chat_template=self.text)
-        special = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        special |= set(self.tokenizer.all_special_ids)
-        return frozenset(text for index, text in controls.items() if index in special and text in written)
+    def structure(self) -> Structure:
+        """What the template writes around what is said."""
+        return Structure(self.tokenizer, self.text, tuple(self._spelling[end] for end in sorted(self.ends)))
 
     @cached_property
-    def opening(self) -> str:
-        """What the template writes after a question to have it answered; empty where it writes nothing."""
-        asked, alone = (
-            render(self.tokenizer, probe(1), chat_template=self.text, add_generation_prompt=prompt)
-            for prompt in (True, False)
-        )
-        return asked[len(alone) :].strip() if asked.startswith(alone) else ""
-
-    @cached_property
-    def _controls(self) -> frozenset[int]:
-        return frozenset(control_tokens(self.tokenizer))
+    def _spelling(self) -> dict[int, str]:
+        return control_tokens(self.tokenizer)
 
     @cached_property
     def _has_markers(self) -> bool:
@@ -251,59 +268,15 @@ class ChatTemplate:
 
     @cached_property
     def _stop(self) -> re.Pattern[str]:
-        spelling = control_tokens(self.tokenizer)
-        return re.compile("|".join(re.escape(spelling[end]) for end in sorted(self.ends)))
+        return re.compile("|".join(re.escape(self._spelling[end]) for end in sorted(self.ends)))
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        return re.compile("|".join(re.escape(text) for text in sorted(self._spelling.values(), key=len, reverse=True)))
 
     @cached_property
     def _skeletons(self) -> dict[tuple[tuple[str, ...], int], Skeleton | None]:
         return {}
-
-
-def marked_answers(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Messages,
-    template: str | None,
-    tools: list[Any] | None,
-    options: dict[str, Any] | None,
-) -> tuple[list[int], list[int]]:
-    """A conversation in tokens, and for each whether the template's markers are around it."""
-    from jinja2 import TemplateError
-
-    try:
-        found = tokenizer.apply_chat_template(
-            messages,
-            chat_template=template,
-            tools=tools or None,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-            **(options or {}),
-        )
-    except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
-        raise TemplateRefusalError(str(error) or type(error).__name__) from error
-    marked, offsets = list(found["assistant_masks"]), found["offset_mapping"]
-    for index in range(1, len(marked)):
-        # transformers marks the first token of an answer's last character; one of several bytes has more.
-        (_, end), (start, same) = offsets[index - 1], offsets[index]
-        if marked[index - 1] and start < end == same:
-            marked[index] = 1
-    return list(found["input_ids"]), marked
-
-
-def runs(marked: list[int]) -> Spans:
-    """Where the marks stand, as half-open stretches.
-
-    >>> runs([0, 1, 1, 0, 1])
-    [(1, 3), (4, 5)]
-    """
-    found, position = [], 0
-    for mark, run in groupby(marked):
-        length = sum(1 for _ in run)
-        if mark:
-            found.append((position, position + length))
-        position += length
-    return found
 
 
 def _uncommon(messages: Messages, tools: list[Any] | None) -> bool:
@@ -318,54 +291,3 @@ def _uncommon(messages: Messages, tools: list[Any] | None) -> bool:
 def _is_context(message: dict[str, Any]) -> bool:
     """Whether an answer is not to be learnt: OpenAI's format says so by a weight of 0."""
     return message.get("weight") == 0
-
-
-def _is_its_own(messages: Messages, index: int, written: str) -> bool:
-    """Whether a stretch of text says all that the answer says, and nothing that another message after it says."""
-    message = messages[index]
-    said, calls = str(message["content"]).strip(), _called(message)
-    if not (said or calls) or said not in written or not all(name in written for name in calls):
-        return False
-    others = [str(other["content"]).strip() for other in messages[index + 1 :]]
-    known = "\n".join(str(other["content"]) for other in messages[: index + 1]) + json.dumps(message.get("tool_calls"))
-    return not any(len(other) > 2 and other in written and other not in known for other in others)
-
-
-def _called(message: dict[str, Any]) -> list[str]:
-    calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, dict)]
-    return [str(call["name"]) for call in calls if isinstance(call, dict) and "name" in call]
-
-
-def _unwritten(messages: Messages, whole: str) -> int:
-    """How many messages say something that is not in the text, as it is or as JSON."""
-    lost = 0
-    for message in messages:
-        said = str(message["content"]).strip()
-        there = said in whole or json.dumps(said)[1:-1] in whole or json.dumps(said, ensure_ascii=False)[1:-1] in whole
-        with suppress(TypeError, ValueError):  # results of tools are JSON that some templates write anew
-            there = there or all(str(value) in whole for value in dict(json.loads(said)).values())
-        lost += not (there and all(name in whole for name in _called(message)))
-    return lost
-
-
-def _covered(offsets: list[tuple[int, int]], spans: Spans, headers: set[int]) -> list[bool]:
-    """For each token whether it reaches into one of the stretches of text, which are in order.
-
-    A control token that begins before a stretch (some swallow the white space after them) is none of it.
-    """
-    covered, position = [False] * len(offsets), 0
-    for start, end in spans:
-        while position < len(offsets) and offsets[position][1] <= start:
-            position += 1
-        while position < len(offsets) and offsets[position][0] < end:
-            covered[position] = not (position in headers and offsets[position][0] < start)
-            position += 1
-    return covered
-
-
-_ASKED = ("What is two and two?", "It is four.", "And three and three?", "That is six.")
-
-
-def probe(length: int) -> Messages:
-    """A plain conversation of so many messages, at most four, to see what a template makes of it."""
-    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(_ASKED[:length])]

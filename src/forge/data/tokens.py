@@ -195,20 +195,33 @@ def encode_prompt(
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that a tokenizer writes before any text: a beginning-of-sequence token, or none."""
+    bare, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    added = next((start for start in range(len(whole)) if whole[start : start + len(bare)] == bare), 0)
+    return whole[:added]
+
+
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, before: Sequence[int] | None = None
+) -> tuple[list[int], list[tuple[int, int]]]:
     """Plain text in tokens, and where in the text each stands.
 
     With one beginning-of-sequence token, if the tokenizer writes one, which stands at (0, 0); never with an end token
-    that is not in the text.
+    that is not in the text. Slow tokenizers say of no token where it stands.
+
+    Args:
+        tokenizer: the model's.
+        text: any.
+        before: the tokenizer's `beginning`, if it is known already.
     """
     bare = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
     ids = list(bare["input_ids"])
     places = list(bare["offset_mapping"]) if tokenizer.is_fast else [(0, 0)] * len(ids)
     if ids and ids[0] == tokenizer.bos_token_id:  # the text brings its own
         return ids, places
-    whole = list(tokenizer(text)["input_ids"])
-    added = next((start for start in range(len(whole) - len(ids) + 1) if whole[start : start + len(ids)] == ids), 0)
-    return whole[:added] + ids, [(0, 0)] * added + places
+    first = list(beginning(tokenizer) if before is None else before)
+    return first + ids, [(0, 0)] * len(first) + places
 
 
 def shared_length(left: Sequence[int], right: Sequence[int]) -> int:

@@ -97,11 +97,11 @@ def rendered_before(rows: Rows, layout: Layout, template: ChatTemplate) -> bool:
     column = layout.columns.get("prompt") or layout.columns.get("instruction")
     if column is None:
         return False
-    marks, opening = tuple(template.marks), template.opening
+    heads, opening = template.structure.heads, template.structure.opening
 
     def is_rendered(prompt: str) -> bool:
-        # One that only mentions a control token is somebody's words.
-        return prompt.lstrip().startswith(marks) or bool(opening and prompt.rstrip().endswith(opening))
+        # One that only mentions a control token, be it first of all, is somebody's words.
+        return prompt.lstrip().startswith(heads) or bool(opening and prompt.rstrip().endswith(opening))
 
     texts = [
         (number, prompt)

@@ -160,12 +160,8 @@ def _held_out(dataset: Any, tokenizer: Any, most: int | None) -> tuple[list[_Row
 def _row(row: Mapping[str, Any]) -> _Row:
     asked = question_and_reference(dict(row)) if set(row) - _TOKENS else None
     prompt, reference = asked if asked is not None else (None, None)
-    tools = row.get("tools")
-    options = {
-        "tools": json.loads(tools) if isinstance(tools, str) else tools,
-        "chat_template_kwargs": row.get("chat_template_kwargs"),
-    }
-    kept = {name: value for name, value in options.items() if value}
+    options = {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
+    kept = {name: json.loads(value) if isinstance(value, str) else value for name, value in options.items() if value}
     there = row.get("attention_mask") or [1] * len(row["input_ids"])  # rows may have been padded, on either side
     input_ids, labels = (
         [token for token, real in zip(row[column], there, strict=True) if real] for column in ("input_ids", "labels")
