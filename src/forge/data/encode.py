@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import ForgeError, UnsupportedError
+from .messages import first_five
 from .rows import Sample
 from .template import ChatTemplate
 from .tokens import Messages, TemplateRefusalError, beginning, encode_text, render, shared_length
@@ -146,8 +147,7 @@ def encode_all(encoder: Encoder, samples: Sequence[Sample], name: str) -> list[T
         else:
             encoded.append(found)
     if refused:
-        more = f" (the first 5 of {len(refused):,})" if len(refused) > 5 else ""
-        listed = "\n  ".join(refused[:5])
+        more, listed = first_five(refused)
         raise ForgeError(
             f"The model's chat template refuses {len(refused):,} of the {len(samples):,} rows of {name}{more}:\n"
             f"  {listed}\n"

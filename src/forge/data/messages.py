@@ -145,3 +145,12 @@ def describe(value: Any) -> str:
         return "nothing (null)"
     text = repr(value)
     return f"{type(value).__name__} " + (text if len(text) <= 42 else text[:41] + f"{text[0]}..."[-4:])
+
+
+def first_five(lines: list[str]) -> tuple[str, str]:
+    """What a message about many rows shows of them: a remark on how many there are, and the first five, indented.
+
+    >>> first_five(["row 3, text: missing"])
+    ('', 'row 3, text: missing')
+    """
+    return f" (the first 5 of {len(lines):,})" if len(lines) > 5 else "", "\n  ".join(lines[:5])

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import ForgeError
 from .formats import Layout
-from .messages import BadValueError, without_nulls
+from .messages import BadValueError, first_five, without_nulls
 from .rows import DUPLICATE, Sample, read_row
 from .source import Rows
 
@@ -43,8 +43,7 @@ def read(rows: Rows, layout: Layout, *, chat: bool) -> tuple[list[Sample], dict[
             seen.add(sample.content)
             samples.append(sample)
     if broken:
-        more = f" (the first 5 of {len(broken):,})" if len(broken) > 5 else ""
-        listed = "\n  ".join(broken[:5])
+        more, listed = first_five(broken)
         raise ForgeError(
             f"{len(broken):,} of the {len(rows):,} rows of {rows.name} are broken{more}; rows count from 0:\n"
             f"  {listed}\nCorrect them, or leave them out (dataset.filter)."
