@@ -1,0 +1,1 @@
+"""One run, or many, from data to a judged adapter."""
