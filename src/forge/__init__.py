@@ -8,6 +8,7 @@ from __future__ import annotations
 # Type checkers go by the name; importing it from typing would be most of the time that this module takes.
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # the twin of _WHERE below, for editors and type checkers
+    from .adapters import attach_adapter, cleanup_peft_model, safe_unload_peft_adapters
     from .callbacks import EMA, EMACallback, MonitorCallback
     from .data import DataReport, PreparedData, Preview, prepare_dataset, preview, stop_token_ids
     from .errors import (
@@ -58,6 +59,7 @@ if TYPE_CHECKING:  # the twin of _WHERE below, for editors and type checkers
         print_model_info,
     )
     from .presets import Preset, get_preset, list_presets
+    from .tuning import LoRATuner, TuningConfig, TuningInterrupted, TuningResult
 
 __version__ = "0.1.0"
 
@@ -80,6 +82,7 @@ _WHERE = {
     "Judge": "evaluation",
     "JudgeResult": "evaluation",
     "Judgement": "evaluation",
+    "LoRATuner": "tuning",
     "MemoryEstimate": "memory",
     "MissingAssetError": "errors",
     "ModelInfo": "memory",
@@ -91,8 +94,13 @@ _WHERE = {
     "Preview": "data",
     "Rubric": "evaluation",
     "TrainingPlan": "memory",
+    "TuningConfig": "tuning",
+    "TuningInterrupted": "tuning",
+    "TuningResult": "tuning",
     "UnknownNameError": "errors",
     "UnsupportedError": "errors",
+    "attach_adapter": "adapters",
+    "cleanup_peft_model": "adapters",
     "combined_score": "evaluation",
     "compare_results": "evaluation",
     "estimate_model_memory": "memory",
@@ -108,6 +116,7 @@ _WHERE = {
     "preview": "data",
     "print_model_info": "memory",
     "register_judge": "evaluation",
+    "safe_unload_peft_adapters": "adapters",
     "score_answers": "evaluation",
     "setup_lp_lora_style": "freezing",
     "stop_token_ids": "data",
@@ -134,6 +143,7 @@ __all__ = [
     "Judge",
     "JudgeResult",
     "Judgement",
+    "LoRATuner",
     "MemoryEstimate",
     "MissingAssetError",
     "ModelInfo",
@@ -145,8 +155,13 @@ __all__ = [
     "Preview",
     "Rubric",
     "TrainingPlan",
+    "TuningConfig",
+    "TuningInterrupted",
+    "TuningResult",
     "UnknownNameError",
     "UnsupportedError",
+    "attach_adapter",
+    "cleanup_peft_model",
     "combined_score",
     "compare_results",
     "estimate_model_memory",
@@ -162,6 +177,7 @@ __all__ = [
     "preview",
     "print_model_info",
     "register_judge",
+    "safe_unload_peft_adapters",
     "score_answers",
     "setup_lp_lora_style",
     "stop_token_ids",

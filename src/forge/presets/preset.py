@@ -216,6 +216,16 @@ class Preset:
             warn_of_dpo_rate(preset.choices, stacklevel=2)
         return preset
 
+    def on(self, hardware: str | Hardware) -> Preset:
+        """This recipe for other hardware, with the same overrides: to estimate a run for a GPU that is not here.
+
+        >>> from forge import get_preset
+        >>> get_preset("lora", hardware="cpu", lora_r=8).on("hopper").choices["dtype"].value
+        'bfloat16'
+        """
+        machine = hardware if isinstance(hardware, Hardware) else Hardware.named(hardware)
+        return _build(self.name, self.anatomy, machine, self.overrides)
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write the preset as JSON; `Preset.load` reads back an equal one, also under a later version of forge.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...models.layers import decoder_layers, decoder_layers_path, named_base_modules, unwrap
+from ...models.tensors import host_bytes, quantization_constants
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,7 +52,7 @@ def fingerprint(model: nn.Module, depth: int) -> str:
     digest.update(str(config._attn_implementation).encode())
     for name, tensor in _tensors(model, depth):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
+        digest.update(host_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -97,27 +98,4 @@ def _tensors(model: nn.Module, depth: int) -> Iterator[tuple[str, Tensor]]:
         for each, tensor in own:
             if not tensor.requires_grad:
                 yield f"{name}.{each}", tensor
-                yield from _constants(f"{name}.{each}", tensor)
-
-
-def _constants(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
-    """Scales and codebooks that bitsandbytes keeps on a packed weight."""
-    import torch
-
-    for attribute in ("SCB", "CB"):
-        value = getattr(tensor, attribute, None)
-        if isinstance(value, torch.Tensor):
-            yield f"{name}.{attribute}", value
-    state = getattr(tensor, "quant_state", None)
-    while state is not None:
-        for attribute in ("absmax", "code", "offset"):
-            value = getattr(state, attribute, None)
-            if isinstance(value, torch.Tensor):
-                yield f"{name}.{attribute}", value
-        name, state = f"{name}.state2", getattr(state, "state2", None)
-
-
-def _bytes(tensor: Tensor) -> Any:
-    import torch
-
-    return tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
+                yield from quantization_constants(f"{name}.{each}", tensor)

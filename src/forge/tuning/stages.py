@@ -1,0 +1,157 @@
+"""The stages of a run; each leaves a file, and what is there is not done again."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..adapters import cleanup_peft_model
+from ..errors import ForgeError
+from ..evaluation import EvaluationResult, compare_results, evaluate_model
+from .interruption import TuningInterrupted, interruption
+from .publish import save_adapter, write_card
+from .report import page
+from .result import TuningResult
+from .run_folder import RunFolder, write_json
+from .tracked import TrackedRun
+from .training import Trained, train, with_adapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, TrainerCallback
+
+    from .settle import Settled
+
+logger = logging.getLogger("forge.tuning")
+
+
+class Stages:
+    """Base evaluated, adapter trained, adapter evaluated, result written.
+
+    Args:
+        settled: the run.
+        folder: where it goes; begun.
+        callbacks: the caller's.
+    """
+
+    def __init__(self, settled: Settled, folder: RunFolder, callbacks: Sequence[TrainerCallback]) -> None:
+        self._settled, self._folder, self._callbacks = settled, folder, tuple(callbacks)
+
+    def run(self) -> TuningResult:
+        """All that is not there yet; the model that was handed in comes back as it was, whatever happens."""
+        settled, folder = self._settled, self._folder
+        self._write_recipe()
+        with TrackedRun(settled, folder) as tracked, self._saying_where():
+            base_model = self._load()
+            base = self._evaluated("base", base_model)
+            model = with_adapter(settled, base_model)
+            del base_model
+            try:
+                trained = self._trained(model, tracked)
+                tuned = self._evaluated("tuned", model)
+            finally:
+                cleanup_peft_model(model)
+            result = self._result(base, tuned, trained)
+            tracked.finish(result)
+        logger.info("Done: %s", folder.report)
+        return result
+
+    def _write_recipe(self) -> None:
+        try:
+            self._settled.preset.save(self._folder.recipe)
+        except ForgeError as why:  # values that JSON cannot hold; run.json has the rest
+            logger.warning("preset.json was not written: %s", why)
+
+    def _load(self) -> PreTrainedModel:
+        model = self._settled.model
+        if not isinstance(model, str):
+            return model
+        from transformers import AutoModelForCausalLM
+
+        logger.info("Loading %s.", model)
+        return AutoModelForCausalLM.from_pretrained(model, **self._settled.preset.model_kwargs())
+
+    def _evaluated(self, name: str, model: Any) -> EvaluationResult:
+        """The evaluation of that name, from its folder if it is there."""
+        folder = self._folder.evaluation / name
+        if (folder / "result.json").is_file():
+            return EvaluationResult.load(folder)
+        config = self._settled.config
+        logger.info("Evaluating the %s model.", name)
+        result = evaluate_model(
+            model,
+            self._settled.tokenizer,
+            self._settled.data,
+            bert_score=self._settled.encoder or False,
+            judge=config.judge,
+            max_eval_samples=config.max_eval_samples,
+            judge_samples=config.judge_samples,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.eval_batch_size,
+            name=name,
+        )
+        result.save(folder)
+        return result
+
+    def _trained(self, model: PeftModel, tracked: TrackedRun) -> Trained:
+        """Train, or load what was trained."""
+        folder, kept = self._folder, self._folder.path / "training.json"
+        if kept.is_file() and folder.adapter.is_dir():
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            set_peft_model_state_dict(model, load_peft_weights(str(folder.adapter), device=str(model.device)))
+            found = json.loads(kept.read_text(encoding="utf-8"))
+            return Trained(found["metrics"], tuple(found["notes"]), tuple(found["log"]))
+        logger.info("Training.")
+        trained = train(self._settled, model, folder, [*tracked.callbacks(), *self._callbacks])
+        save_adapter(model, self._settled.tokenizer, folder.adapter)
+        write_json(kept, {"metrics": dict(trained.metrics), "notes": list(trained.notes), "log": list(trained.log)})
+        if trained.asked_to_stop is not None:
+            raise interruption(trained.asked_to_stop, f"The adapter is trained to its end, and in {folder.adapter}.")
+        return trained
+
+    def _result(self, base: EvaluationResult, tuned: EvaluationResult, trained: Trained) -> TuningResult:
+        settled, folder = self._settled, self._folder
+        comparison = compare_results(base, tuned)
+        comparison.save(folder.evaluation)
+        metrics = {
+            **_scores(tuned),
+            **{f"base_{name}": value for name, value in _scores(base).items()},
+            **trained.metrics,
+            "estimated_memory_gb": float(settled.estimate["total_estimated_gb"]),
+        }
+        record = settled.record
+        result = TuningResult(settled.preset.name, record["params"], metrics, folder.path, trained.notes)
+        page(settled, result, comparison, trained.log).save(folder.report)
+        write_card(settled, result, comparison)
+        result.save()  # the last: what has it is over
+        return result
+
+    @contextmanager
+    def _saying_where(self) -> Iterator[None]:
+        """Whatever ends the run early, the log says what is saved and how to go on."""
+        try:
+            yield
+        except TuningInterrupted:
+            raise
+        except BaseException as error:
+            logger.warning(
+                "The run ended early (%s). What is finished is in %s; run the same again, and it goes on there.",
+                type(error).__name__,
+                self._folder.path,
+            )
+            raise
+
+
+def _scores(result: EvaluationResult) -> dict[str, float]:
+    """The figures of an evaluation by the names that trackers use."""
+    found = {
+        "loss": result.loss.mean,
+        "bert_score": result.bert_score,
+        "llm_judge_score": result.judge_score,
+        "combined_score": result.combined,
+    }
+    return {name: float(value) for name, value in found.items() if value is not None}
