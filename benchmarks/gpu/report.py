@@ -19,7 +19,7 @@ def render(rows: Sequence[Row]) -> str:
     if not rows:
         return "No rows yet: run `make gpu` on a machine with a CUDA device."
     parts = ["# GPU matrix", *sorted({_provenance(row) for row in rows}), *_presets(rows), *_callbacks(rows)]
-    parts += [*_freezing(rows), *_evaluation(rows)]
+    parts += [*_freezing(rows), *_evaluation(rows), *_adapters(rows), *_tuning(rows)]
     parts += memory_report.parts(rows)
     if failed := [row for row in rows if row["status"] not in ("ok", "oom")]:
         parts.append("## Failed\n\n" + "\n".join(f"- `{r['key']}`: {r['status']}: {r['error'][:300]}" for r in failed))
@@ -111,6 +111,39 @@ def _evaluation(rows: Iterable[Row]) -> list[str]:
             differing = f"{found['differing']} of {s['prompts']}" if "differing" in found else ""
             lines.append(_line([s["model"], what, f"{found['tokens_per_s']:,.0f}", peak, differing]))
     return ["## Evaluation\n\n" + "\n".join(lines)] if len(lines) > 2 else []
+
+
+def _adapters(rows: Iterable[Row]) -> list[str]:
+    """What a row of adapters leaves behind; empty without such rows."""
+    lines = [
+        _line(
+            ["model", "adapter", "by", "rounds", "weights as before", "growth, MiB", "hooks", "attach, s", "unload, s"]
+        )
+    ]
+    lines.append(_line(["---"] * 3 + ["---:"] * 6))
+    for row in rows:
+        if row["settings"].get("group") != "adapters" or row["status"] != "ok":
+            continue
+        s, found = row["settings"], row["result"]
+        growth = "n/a" if found["growth_mb"] is None else f"{found['growth_mb']:.1f}"
+        hooks = f"{found['hooks'][0]} to {found['hooks'][1]}"
+        cells = [s["model"], s["kind"], s["by"], str(s["rounds"]), "yes" if found["same"] else "no", growth, hooks]
+        lines.append(_line([*cells, f"{found['attach_s']:.2f}", f"{found['unload_s']:.2f}"]))
+    return ["## Adapters, one after another on one base\n\n" + "\n".join(lines)] if len(lines) > 2 else []
+
+
+def _tuning(rows: Iterable[Row]) -> list[str]:
+    """Whole runs of LoRATuner; empty without such rows."""
+    lines = [_line(["model", "preset", "length", "estimated, GiB", "peak, GiB", "run, s", "of it training, s"])]
+    lines.append(_line(["---"] * 2 + ["---:"] * 5))
+    for row in rows:
+        if row["settings"].get("group") != "tuning" or row["status"] != "ok":
+            continue
+        s, found = row["settings"], row["result"]
+        peak = "n/a" if found["peak_gb"] is None else f"{found['peak_gb']:.2f} ({found['error']:+.1%})"
+        cells = [s["model"], s["preset"], str(s["length"]), f"{found['estimated_gb']:.2f}", peak]
+        lines.append(_line([*cells, f"{found['run_s']:.1f}", f"{found['train_s']:.1f}"]))
+    return ["## Whole runs of LoRATuner\n\n" + "\n".join(lines)] if len(lines) > 2 else []
 
 
 def _line(cells: Iterable[str]) -> str:

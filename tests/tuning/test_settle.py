@@ -68,6 +68,7 @@ def test_what_the_config_names_need_not_be_an_argument() -> None:
         ({"train": [{"a": 1}]}, ForgeError, "format"),
         ({"train": preferences(), "validation": 4}, ConflictError, "preset='dpo'"),
         ({"preset": "dpo"}, ConflictError, "preset='qlora'"),
+        ({"preset": "dpo", "overrides": {"bias": "all"}}, ConflictError, "second adapter"),
         ({"validation": 2000}, ForgeError, "2000"),
         ({"overrides": {"use_peft": False, "precision": "bf16"}}, ForgeError, "weights"),
         ({"bert_score": "/no/such/encoder"}, ForgeError, "encoder"),

@@ -63,7 +63,12 @@ def test_a_killed_run_ends_the_same(
 @pytest.mark.long
 @pytest.mark.parametrize(
     "fields",
-    [{"ema": True}, {"freeze_ratio": 0.5}, {"freeze_ratio": 0.5, "prefix_cache": True}],
+    [
+        {"ema": True},
+        {"freeze_ratio": 0.5},
+        {"freeze_ratio": 0.5, "prefix_cache": True},
+        {"preset": "dpo", "learning_rate": 5e-6},
+    ],
     ids=", ".join,
 )
 def test_a_killed_run_ends_the_same_with(
@@ -78,6 +83,15 @@ def test_a_killed_run_ends_the_same_with(
     arguments = {"model": str(tiny_folder), "output_dir": str(tmp_path / "run"), **fields}
     kill_and_resume(PROGRAM, printed("step 5"), printed("adapter written"), arguments=arguments)
     assert outcome(tmp_path / "run") == outcome(undisturbed(**fields))
+
+
+@pytest.mark.long
+def test_a_killed_run_of_the_real_model_ends_the_same(smollm2: Path, tmp_path: Path, kill_and_resume: Any) -> None:
+    fields = {"model": str(smollm2), "preset": "qlora", "num_train_epochs": 1, "max_eval_samples": 2}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    kill_and_resume(PROGRAM, arguments={**fields, "output_dir": str(whole)}, timeout_s=900)
+    kill_and_resume(PROGRAM, printed("step 2"), arguments={**fields, "output_dir": str(killed)}, timeout_s=900)
+    assert outcome(killed) == outcome(whole)
 
 
 def test_what_was_done_is_not_done_again(tiny_folder: Path, tmp_path: Path, kill_and_resume: Any) -> None:

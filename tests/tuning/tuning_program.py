@@ -14,12 +14,26 @@ from support.resume import report
 from tuning.conftest import chats, small
 
 
+def conversations() -> list[dict[str, Any]]:
+    from forge.assets import conversations
+
+    return [{"messages": chat[:4]} for chat in conversations(limit=60) if len(chat) >= 4]
+
+
+def pairs() -> list[dict[str, str]]:
+    return [{"prompt": f"q {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(40)]
+
+
+# The preset says what is learnt from; with QLoRA it is the real thing.
+ROWS = {"lora": lambda: chats(40), "dpo": pairs, "qlora": conversations}
+
+
 class StepReport(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         report(f"step {state.global_step}")
 
 
-def run(model: str, output_dir: str, resume: bool = False, **fields: Any) -> None:
+def run(model: str, output_dir: str, preset: str = "lora", resume: bool = False, **fields: Any) -> None:
     import torch
 
     from forge.tuning import LoRATuner, TuningConfig, stages, training
@@ -32,7 +46,7 @@ def run(model: str, output_dir: str, resume: bool = False, **fields: Any) -> Non
         transformers.Trainer, "_save_optimizer_and_scheduler", lambda own: f"saving {own[0].state.global_step}"
     )
     config = TuningConfig(**{**small(Path(output_dir)), **fields})
-    result = LoRATuner(model, chats(40), 8, preset="lora", config=config, callbacks=[StepReport()]).run()
+    result = LoRATuner(model, ROWS[preset](), 8, preset=preset, config=config, callbacks=[StepReport()]).run()
     Path(output_dir, "metrics.json").write_text(json.dumps(dict(result.metrics)))
 
 

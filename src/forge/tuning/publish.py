@@ -29,7 +29,7 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
     beside = folder.with_name(f"{folder.name}.writing")
     for left in (beside, folder):
         shutil.rmtree(left, ignore_errors=True)
-    model.save_pretrained(str(beside))
+    model.save_pretrained(str(beside), selected_adapters=[model.active_adapter])
     tokenizer.save_pretrained(str(beside))
     beside.rename(folder)
 

@@ -108,6 +108,11 @@ def _recipe(model: Any, preset: str | Preset, config: TuningConfig, *, live: boo
             raise ForgeError(f"The config of model {str(model)!r} could not be read: {error}") from error
     if not recipe.choices["use_peft"].value:
         raise UnsupportedError(_ALL_WEIGHTS.format(recipe.name))
+    if recipe.objective == "dpo" and (bias := recipe.choices["bias"].value) != "none":
+        raise ConflictError(
+            f"bias={bias!r} with preset='dpo': DPOTrainer keeps its reference as a second adapter, and PEFT has biases "
+            "in one only. Leave bias out."
+        )
     if live and (wanted := str(recipe.choices["precision"].value)) in ("nf4", "fp4", "int8"):
         found = quantization_of(getattr(model, "config", None))
         if found is None:
