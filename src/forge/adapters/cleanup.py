@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,13 +77,12 @@ def _model_of(model: Any) -> Any:
 def _let_go(model: nn.Module, trainer: Any) -> None:
     """Make everything in the process let go of the parameters that the adapters brought or trained."""
     ours = _parameters_of_run(model)
-    models = {id(model), id(base_of(model))}
     trainers, optimizers, accelerators = _holders()
     for each in trainers:
-        if each is trainer or id(_inner(each.model)) in models:
+        if each is trainer or _inner(getattr(each, "model", None)) is model or _holds(_optimizer(each), ours):
             _empty_trainer(each)
     for accelerator in accelerators:
-        _empty_accelerator(accelerator, ours, models)
+        _empty_accelerator(accelerator, ours, model)
     for optimizer in optimizers:
         _empty_optimizer(optimizer, ours)
     for parameter in model.parameters():
@@ -115,8 +114,12 @@ def _inner(model: Any) -> Any:
     return innermost(model) if isinstance(model, torch.nn.Module) else model
 
 
+def _optimizer(trainer: Any) -> Any:
+    return getattr(trainer, "optimizer", None)
+
+
 def _empty_trainer(trainer: Any) -> None:
-    handler = trainer.callback_handler
+    handler = getattr(trainer, "callback_handler", None)  # none where its own __init__ broke off
     for holder, names in (
         (handler, ("model", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")),
         (trainer, ("optimizer", "lr_scheduler", "model_wrapped")),
@@ -124,13 +127,14 @@ def _empty_trainer(trainer: Any) -> None:
         for name in names:
             if hasattr(holder, name):
                 setattr(holder, name, None)
-    trainer.accelerator.free_memory()
+    if hasattr(trainer, "accelerator"):
+        trainer.accelerator.free_memory()
 
 
-def _empty_accelerator(accelerator: Any, ours: set[int], models: set[int]) -> None:
+def _empty_accelerator(accelerator: Any, ours: set[int], model: nn.Module) -> None:
     """One that is the caller's own keeps what belongs to other models."""
     gone = [each for each in getattr(accelerator, "_optimizers", ()) if _holds(each, ours)]
-    accelerator._models = [each for each in getattr(accelerator, "_models", ()) if id(_inner(each)) not in models]
+    accelerator._models = [each for each in getattr(accelerator, "_models", ()) if _inner(each) is not model]
     accelerator._optimizers = [each for each in getattr(accelerator, "_optimizers", ()) if each not in gone]
     accelerator._schedulers = [
         each
@@ -140,17 +144,13 @@ def _empty_accelerator(accelerator: Any, ours: set[int], models: set[int]) -> No
 
 
 def _holds(optimizer: Any, ours: set[int]) -> bool:
-    return any(id(parameter) in ours for parameter in _parameters(optimizer))
-
-
-def _parameters(optimizer: Any) -> Iterator[Any]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
+    groups = getattr(optimizer, "param_groups", ())  # none where there is no optimizer yet
+    return any(id(parameter) in ours for group in groups for parameter in group["params"])
 
 
 def _empty_optimizer(optimizer: Any, ours: set[int]) -> None:
     """Forget the run's parameters and their moments; those of other models stay."""
-    if not hasattr(optimizer, "param_groups") or not _holds(optimizer, ours):
+    if not _holds(optimizer, ours):
         return
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper holds the real one
     for group in inner.param_groups:

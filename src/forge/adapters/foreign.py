@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,12 +38,12 @@ def unload_foreign(model: Any, base: Any, source: Source | None) -> None:
     """
     configs = getattr(model, "peft_config", None) or getattr(base, "peft_config", None) or {}
     reasons = list(_reasons(base, configs))
-    values = {} if source is None else _values(base, source, reasons)
     if reasons and source is None:
         raise ForgeError(
-            f"The base cannot be brought back exactly: {'; '.join(dict.fromkeys(reasons))}. The adapter was attached "
-            f"without forge, and nothing in the model has the values from before. {_REMEDY}"
+            f"The base cannot be brought back exactly: {_said(reasons)}. The adapter was attached without forge, and "
+            f"nothing in the model has the values from before. {_REMEDY}"
         )
+    values = {} if source is None else _values(base, source, reasons)
     end_prefix_cache(base)
     _thaw(base)
     take_off(base)
@@ -63,21 +64,41 @@ def take_off(module: Any) -> None:
         take_off(inner)
 
 
-def _reasons(base: nn.Module, configs: Any) -> Iterator[str]:
+@dataclass(frozen=True)
+class _Reason:
+    """Why the base is not what it was, and which of its parameters may have changed by it."""
+
+    text: str
+    concerns: Callable[[str], bool] = bool  # of any name
+
+
+def _said(reasons: list[_Reason]) -> str:
+    return "; ".join(dict.fromkeys(reason.text for reason in reasons))
+
+
+def _reasons(base: nn.Module, configs: Any) -> Iterator[_Reason]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
     if layers and not configs:
-        yield "it has adapters without a config that says what they are"
+        yield _Reason("it has adapters without a config that says what they are")
     for name, config in configs.items():
         stays = what_stays(config)
-        if stays is not None:
-            yield f"adapter {name!r}: {stays}"
+        if stays is not None and stays.startswith("bias="):
+            yield _Reason(f"adapter {name!r}: {stays}", lambda name: name.endswith("bias"))
+        elif stays is not None:
+            yield _Reason(f"adapter {name!r}: {stays}")
     if any(layer.merged for layer in layers):
-        yield "an adapter is merged into the weights (unmerging rounds)"
-    trained = [name for name, parameter in _own_parameters(base) if parameter.requires_grad]
+        yield _Reason("an adapter is merged into the weights (unmerging rounds)")
+    biases = any(getattr(config, "bias", "none") not in ("none", False, None) for config in configs.values())
+    trained = {
+        name: None
+        for name, parameter in _own_parameters(base)
+        if parameter.requires_grad and not (biases and name.endswith("bias"))
+    }
     if trained:
-        yield f"{', '.join(trained[:3])}{' and others' if len(trained) > 3 else ''} of the base trained"
+        shown = ", ".join(list(trained)[:3]) + (" and others" if len(trained) > 3 else "")
+        yield _Reason(f"{shown} of the base trained", lambda name: name in trained)
 
 
 def _own_parameters(base: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -87,37 +108,29 @@ def _own_parameters(base: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield from module.named_parameters(prefix, recurse=False)
 
 
-def _values(base: nn.Module, source: Source, reasons: list[str]) -> dict[Tensor, Tensor]:
+def _values(base: nn.Module, source: Source, reasons: list[_Reason]) -> dict[Tensor, Tensor]:
     """What has another value in the source, by its tensor."""
-    found: dict[Tensor, Tensor] = {}
-    missing, packed = [], []
-    names: dict[int, list[str]] = {}
-    tensors: dict[int, Any] = {}
+    named: dict[nn.Parameter, list[str]] = {}
     for name, parameter in _own_parameters(base):
-        names.setdefault(id(parameter), []).append(name)
-        tensors[id(parameter)] = parameter
-    for key, parameter in tensors.items():
-        if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
-            packed.append(names[key][0])
+        named.setdefault(parameter, []).append(name)
+    found: dict[Tensor, Tensor] = {}
+    missing = []
+    for parameter, names in named.items():
+        if not any(reason.concerns(name) for reason in reasons for name in names):
             continue
-        value = source.find(names[key])
+        packed = not parameter.is_floating_point() or hasattr(parameter, "quant_state")
+        value = None if packed else source.find(names)
         if value is None or value.shape != parameter.shape:
-            missing.append(names[key][0])
+            missing.append(names[0])
         elif not torch.equal(parameter.detach(), value.detach().to(parameter.device, parameter.dtype)):
             found[parameter] = value
-    if reasons and (missing or (packed and _packed_may_have_changed(reasons))):
+    if missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise ForgeError(
-            f"restore_from has no values for {', '.join([*missing, *packed][:4])} (of {len(missing) + len(packed)}), "
-            f"which may have changed: {'; '.join(reasons)}. {_REMEDY}"
+            f"restore_from has no values for {', '.join(missing[:4])}{more}, which may have changed "
+            f"({_said(reasons)}). {_REMEDY}"
         )
     return found
-
-
-def _packed_may_have_changed(reasons: list[str]) -> bool:
-    """Packed weights train with no bias and no unfrozen norm; merging and unknown adapters may rewrite them."""
-    return any(
-        "trained the base's own biases" not in reason and "of the base trained" not in reason for reason in reasons
-    )
 
 
 def _thaw(base: nn.Module) -> None:
