@@ -52,6 +52,7 @@ def load_config(options: argparse.Namespace) -> TuningConfig:
         "train_data": options.train,
         "validation_data": number_or_path(options.validation),
         "output_dir": options.output,
+        "bert_score": False if options.encoder == "none" else options.encoder,
     }
     said: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     if options.config:
@@ -92,6 +93,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--train", help="a file, a folder or the id of a data set")
     parser.add_argument("--validation", help="the same, or a share (0.1) or number (200) of rows to hold out")
     parser.add_argument("--preset", choices=["qlora", "lora", "dpo"])
+    parser.add_argument("--encoder", help="BERTScore's: a hub id or a folder, or none (roberta-large without it)")
     parser.add_argument("--output", help="the run's folder (outputs/tuning without it)")
     parser.add_argument("--anew", action="store_true", help="move a run that is there aside, and begin anew")
     source = parser.add_mutually_exclusive_group()

@@ -27,10 +27,25 @@ def test_a_new_folder_gets_a_record(tmp_path: Path) -> None:
     assert not list(folder.path.glob("*.tmp"))
 
 
+def begun(path: Path, record: dict[str, Any] = RECORD) -> RunFolder:
+    """A run that came as far as a checkpoint."""
+    folder = RunFolder(path)
+    folder.begin(record, resume=True)
+    checkpoint(folder.checkpoints / "checkpoint-1")
+    return folder
+
+
 @pytest.mark.parametrize("name", IDENTITY)
-def test_another_run_is_refused_and_the_difference_named(tmp_path: Path, name: str) -> None:
+def test_a_run_that_did_nothing_yet_may_change(tmp_path: Path, name: str) -> None:
     folder = RunFolder(tmp_path)
     folder.begin(RECORD, resume=True)
+    folder.begin({**RECORD, name: "other"}, resume=True)
+    assert folder.read()[name] == "other"
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+def test_another_run_is_refused_and_the_difference_named(tmp_path: Path, name: str) -> None:
+    folder = begun(tmp_path)
     other = {**RECORD, name: {"lora_r": 9} if isinstance(RECORD[name], dict) else "other"}
     with pytest.raises(ConflictError, match=rf"holds another run(.|\n)*{name}(.|\n)*resume=False"):
         folder.begin(other, resume=True)
@@ -38,8 +53,7 @@ def test_another_run_is_refused_and_the_difference_named(tmp_path: Path, name: s
 
 
 def test_other_versions_go_on_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = RunFolder(tmp_path)
-    folder.begin(RECORD, resume=True)
+    folder = begun(tmp_path)
     with caplog.at_level(logging.WARNING, "forge.tuning"):
         folder.begin(RECORD, resume=True)
         assert not caplog.records
@@ -51,6 +65,7 @@ def test_without_resume_the_old_run_is_moved_aside(tmp_path: Path, caplog: pytes
     folder = RunFolder(tmp_path / "run")
     for seed in (1, 2, 3):
         folder.begin({**RECORD, "seed": seed}, resume=False)
+        checkpoint(folder.checkpoints / "checkpoint-1")
         (folder.path / "mine.txt").write_text(str(seed))
     assert folder.read()["seed"] == 3
     aside = sorted(tmp_path.glob("run.before-*"), key=lambda path: (path / "mine.txt").read_text())

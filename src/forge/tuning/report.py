@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..reporting import Chart, Page, Series
+from ..reporting.private import public
 
 if TYPE_CHECKING:
     from ..evaluation import Comparison
@@ -19,7 +20,8 @@ _ANSWERS = 8  # side by side, to get an idea; the evaluation's own report has mo
 def page(settled: Settled, result: TuningResult, comparison: Comparison, log: Sequence[Mapping[str, Any]]) -> Page:
     """The report of a run that is over."""
     record, base, tuned = settled.record, *comparison.results
-    made = Page("Tuning report", f"{settled.preset.name} on {record['model']['name'] or record['model']['type']}")
+    model = public(record["model"]["name"]) or record["model"]["type"]
+    made = Page("Tuning report", f"{settled.preset.name} on {model}")
     made.facts(_facts(result, settled))
     for note in result.notes:
         made.notice(note, kind="note")
@@ -61,6 +63,8 @@ def _facts(result: TuningResult, settled: Settled) -> dict[str, Any]:
     metrics = result.metrics
     facts = {"Held-out loss": f"{metrics['base_loss']:.3f} → {metrics['loss']:.3f}"}
     for name, key in (("BERTScore F1", "bert_score"), ("LLM judge", "llm_judge_score"), ("Combined", "combined_score")):
+        if key == "combined_score" and "llm_judge_score" not in metrics:
+            continue  # without a judge it is BERTScore once more
         if key in metrics and f"base_{key}" in metrics:
             facts[name] = f"{metrics[f'base_{key}']:.3g} → {metrics[key]:.3g}"
     facts["Steps"] = f"{metrics.get('steps', 0):.0f}"

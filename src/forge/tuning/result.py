@@ -119,7 +119,7 @@ class TuningResult:
     def _table(self) -> Table:
         table = Table(("figure", "value"), title=f"Tuned with {self.preset!r}")
         for name, what in _SHOWN.items():
-            if name in self.metrics:
+            if name in self.metrics and (not name.endswith("combined_score") or "llm_judge_score" in self.metrics):
                 table.add(what, f"{self.metrics[name]:.4g}")
         where = f"adapter: {self.adapter_path}\nreport: {self.report_path}"
         table.footer = "\n".join([*self.compare().conclusions(), *self.notes, where])

@@ -54,6 +54,12 @@ class RunFolder:
         """Whether the run is over and its result there."""
         return self.result.is_file()
 
+    @property
+    def has_progress(self) -> bool:
+        """Whether anything in it would have to be done again: a run that failed at once may be mended and run anew."""
+        made = (self.checkpoints, self.evaluation, self.adapter, self.result)
+        return any(path.is_file() or (path.is_dir() and any(path.iterdir())) for path in made)
+
     def begin(self, record: Mapping[str, Any], *, resume: bool) -> None:
         """Make the folder for this run, or find it there and go on.
 
@@ -68,13 +74,13 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ForgeError(f"output_dir={str(self.path)!r} is a file: name a folder, which may be new.")
         if self.record.is_file():
-            if not resume:
-                self._set_aside()
-            else:
-                before = self.read()
+            before = self.read()
+            if self.has_progress and resume:
                 self._refuse_another(before, record)
                 _say_what_changed(before.get("versions", {}), record.get("versions", {}))
                 return
+            if self.has_progress:
+                self._set_aside()
         elif self.path.exists() and (there := sorted(child.name for child in self.path.iterdir())):
             raise ForgeError(
                 f"output_dir={str(self.path)!r} is not empty and holds no run ({', '.join(there[:5])}): name a new "
