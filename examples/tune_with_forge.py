@@ -34,7 +34,7 @@ def main() -> None:
         named = config.model_name or config.train_data
         tuner = LoRATuner(config=config) if named else demo(config)
         result = tuner.run(resume=not options.anew)
-    except ForgeError as error:
+    except (ForgeError, json.JSONDecodeError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt as stopped:
         raise SystemExit(f"\n{stopped or 'stopped; run the same again, and it goes on'}") from None
@@ -58,10 +58,18 @@ def load_config(options: argparse.Namespace) -> TuningConfig:
     if options.config:
         return TuningConfig.from_file(options.config, **said)
     if options.request:
-        request = json.loads(Path(options.request).read_text(encoding="utf-8"))
-        projects = json.loads(Path(options.projects).read_text(encoding="utf-8")) if options.projects else {}
+        request = read(options.request)
+        projects = json.loads(read(options.projects)) if options.projects else {}
         return TuningConfig.from_request(request, projects=projects, **said)
     return TuningConfig.from_env(**said)
+
+
+def read(path: str) -> str:
+    """A file's text."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise SystemExit(f"error: {path} cannot be read: {error}") from None
 
 
 def demo(config: TuningConfig) -> LoRATuner:

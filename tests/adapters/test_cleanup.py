@@ -181,3 +181,39 @@ def test_the_collector_need_not_run(text_model):
     gc.collect()
     cleanup_peft_model(attach_adapter(base, lora()))
     assert live() == live()
+
+
+def test_a_second_cleanup_leaves_the_next_run_alone(text_model, make_trainer):
+    base = text_model("llama", layers=2)
+    first = attach_adapter(base, lora())
+    stale = make_trainer("plain", first, max_steps=1)
+    stale.train()
+    cleanup_peft_model(first)
+    second = attach_adapter(base, lora())
+    running = make_trainer("plain", second, max_steps=2)
+    running.train()
+    held = len(running.optimizer.param_groups[0]["params"])
+    assert held
+    for again in (first, stale):
+        cleanup_peft_model(again)
+    assert len(running.optimizer.param_groups[0]["params"]) == held
+    assert stale.optimizer is None
+    assert safe_unload_peft_adapters(second) is base
+
+
+def test_a_base_without_adapters_keeps_its_optimizer(text_model):
+    base = text_model("llama", layers=2)
+    optimizer = torch.optim.AdamW(base.parameters())
+    held = len(optimizer.param_groups[0]["params"])
+    cleanup_peft_model(base)
+    assert len(optimizer.param_groups[0]["params"]) == held
+
+
+def test_an_optimizer_of_two_models_stays_in_an_accelerator_of_ones_own(text_model):
+    one, other = (attach_adapter(text_model("llama", layers=2), lora()) for _ in range(2))
+    trained = [p for model in (one, other) for p in model.parameters() if p.requires_grad]
+    accelerator = Accelerator(cpu=True)
+    optimizer = accelerator.prepare(torch.optim.AdamW(trained))
+    cleanup_peft_model(one)
+    assert accelerator._optimizers == [optimizer]
+    assert len(optimizer.param_groups[0]["params"]) == len(trained) // 2

@@ -236,3 +236,36 @@ def test_a_plain_model_is_returned_as_it_is(loaded):
     before = state_of(model)
     assert safe_unload_peft_adapters(model) is model
     assert_same(before, state_of(model))
+
+
+def test_an_adapter_that_was_merged_and_taken_off_is_not_a_base(text_model):
+    base = text_model("llama", layers=2)
+    model = peft.get_peft_model(base, lora(init_lora_weights=False))
+    model.merge_and_unload()
+    with pytest.raises(ForgeError, match="taken off before"):
+        safe_unload_peft_adapters(model)
+    fresh = text_model("llama", layers=2)
+    restored = safe_unload_peft_adapters(model, restore_from=fresh)
+    assert all(torch.equal(a, b) for a, b in zip(restored.parameters(), fresh.parameters(), strict=True))
+
+
+def test_what_is_no_source_of_the_base_is_refused(text_model, tmp_path):
+    base = text_model("llama", layers=2)
+    model = peft.get_peft_model(base, lora(init_lora_weights="pissa"))
+    model.save_pretrained(tmp_path / "adapter")
+    text_model("gpt2", layers=2).save_pretrained(tmp_path / "gpt2")
+    for source, why in ((tmp_path / "adapter", "holds an adapter"), (tmp_path / "gpt2", "'gpt2'"), (model, "carries")):
+        with pytest.raises(ForgeError, match=why):
+            safe_unload_peft_adapters(model, restore_from=source)
+
+
+def test_what_a_checkpoint_lacks_is_not_made_up(text_model, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    text_model("llama", layers=2).save_pretrained(tmp_path)
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    before = base.score.weight.clone()
+    model = peft.get_peft_model(base, lora(init_lora_weights="pissa", target_modules=["q_proj"], task_type="SEQ_CLS"))
+    with pytest.raises(ForgeError, match=r"no values for .*score"):
+        safe_unload_peft_adapters(model, restore_from=tmp_path)
+    assert torch.equal(base.score.original_module.weight, before)

@@ -234,3 +234,121 @@ def test_the_log_tells_the_stages(make_tuner: Callable[..., LoRATuner], caplog: 
         make_tuner().run()
     said = [record.message for record in caplog.records if record.name == "forge.tuning"]
     assert [line.split()[0] for line in said] == ["Loading", "Evaluating", "Training.", "Evaluating", "Done:"]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt2", "gemma3"])
+def test_other_families(make_tuner: Callable[..., LoRATuner], text_model: Any, tokenizer: Any, family: str) -> None:
+    """Of the mixture, TRL leaves the router's auxiliary loss on, and nothing could be generated afterwards."""
+    overrides = {"lora_r": 4, "logging_steps": 4}
+    result = make_tuner(text_model(family, layers=2), tokenizer=tokenizer, overrides=overrides).run()
+    assert result.metrics["steps"] == 8
+    assert all(one.answer is not None for one in result.tuned.samples)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 6]}],
+    ids=lambda one: next(iter(one)),
+)
+def test_a_base_in_bf16_with_what_trains_beside_the_adapter(
+    make_tuner: Callable[..., LoRATuner], text_model: Any, tokenizer: Any, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    model = text_model("llama", layers=2).to(torch.bfloat16)
+    fields = {"overrides": {"lora_r": 4, **overrides}}
+    first = make_tuner(model, tokenizer=tokenizer, **fields).run()
+    # The evaluation of what was trained is that of what is loaded.
+    for left in ("result.json", "evaluation/tuned/result.json"):
+        (tmp_path / "run" / left).unlink()
+    again = make_tuner(model, tokenizer=tokenizer, **fields).run()
+    assert again.metrics["loss"] == first.metrics["loss"]
+
+
+def test_the_best_checkpoint_is_loaded_when_that_is_asked_for(make_tuner: Callable[..., LoRATuner]) -> None:
+    best = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "greater_is_better": True}
+    result = make_tuner(overrides={"lora_r": 4, "logging_steps": 1, **best}).run()
+    assert any("best checkpoint, step 3" in note for note in result.notes)
+
+
+def test_a_live_model_is_let_go_when_the_prefix_cannot_be_frozen(
+    make_tuner: Callable[..., LoRATuner], text_model: Any, tokenizer: Any
+) -> None:
+    model = text_model("llama", layers=2)
+    overrides = {"lora_r": 4, "target_modules": ["q_proj"], "layers_to_transform": [0]}
+    with pytest.raises(ForgeError):
+        make_tuner(model, tokenizer=tokenizer, freeze_ratio=0.5, overrides=overrides).run()
+    assert not any("lora" in name for name, _ in model.named_modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_judge_of_whom_nothing_is_heard_stops_the_run_before_the_training(
+    make_tuner: Callable[..., LoRATuner], tmp_path: Path
+) -> None:
+    from forge import get_judge, register_judge
+
+    broken = [True]
+
+    @register_judge("sometimes")
+    def sometimes(prompt: str, answer: str) -> float:
+        if broken[0]:
+            raise RuntimeError("no such model")
+        return 50.0
+
+    with pytest.raises(ForgeError, match=r"no score for any of 4 answers.*no such model"):
+        make_tuner(judge=get_judge("sometimes")).run()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    broken[0] = False
+    result = make_tuner(judge=get_judge("sometimes")).run()
+    assert result.metrics["llm_judge_score"] == 50
+    assert "LLM judge" in str(result)
+
+
+def test_the_same_tuner_goes_on_with_the_same_callbacks(make_tuner: Callable[..., LoRATuner], tmp_path: Path) -> None:
+    stop = AtStep(2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    own = MonitorCallback(report_dir=tmp_path / "mine", display=False)
+    tuner = make_tuner(callbacks=[own, stop])
+    with pytest.raises(TuningInterrupted):
+        tuner.run()
+    assert any("interrupted" in note for note in tuner.run().notes)
+
+
+def test_two_processes_do_not_work_in_one_folder(make_tuner: Callable[..., LoRATuner], tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / "lock"), pytest.raises(ForgeError, match="Another process is at work"):
+        make_tuner().run()
+    make_tuner().run()
+
+
+def test_a_path_is_a_model_and_the_folder_may_be_left(
+    make_tuner: Callable[..., LoRATuner], tiny_folder: Path, tmp_path: Path, rows: list[Any], monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tiny_folder.parent)
+    result = make_tuner(Path(tiny_folder.name), output_dir=os.path.relpath(tmp_path / "run")).run()
+    monkeypatch.chdir(tmp_path)
+    assert "held-out loss" in str(result)
+    assert LoRATuner.from_run(tmp_path / "run", train=rows).run() == result
+
+
+def test_other_weights_are_another_run(
+    make_tuner: Callable[..., LoRATuner], tiny_folder: Path, tmp_path: Path, text_model: Any
+) -> None:
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    first = make_tuner(str(folder)).run()
+    assert make_tuner(str(folder)).run() == first
+    text_model("llama", layers=2, seed=1).save_pretrained(folder)
+    with pytest.raises(ConflictError, match=r"holds another run(.|\n)*model\.weights"):
+        make_tuner(str(folder)).run()
+
+
+def test_a_run_whose_adapter_is_gone_is_not_over(make_tuner: Callable[..., LoRATuner], tmp_path: Path) -> None:
+    import shutil
+
+    first = make_tuner().run()
+    adapter = (first.adapter_path / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(first.adapter_path)
+    make_tuner().run()
+    assert (first.adapter_path / "adapter_model.safetensors").read_bytes() == adapter

@@ -14,6 +14,7 @@ RECORD: dict[str, Any] = {
     "params": {"lora_r": 8},
     "model": {"name": "m"},
     "data": {"train": {"fingerprint": "a"}},
+    "encoder": "BertScore('m', layer 6 of 6)",
     "seed": 42,
     "versions": {"torch": "2.13"},
 }

@@ -11,6 +11,7 @@ from forge import ConflictError, ForgeError, UnsupportedError, estimate_model_me
 from forge.tuning import LoRATuner, TuningConfig
 from forge.tuning.fit import Room
 from forge.tuning.record import params_of
+from forge.tuning.run_folder import RunFolder
 from forge.tuning.settle import settle
 
 
@@ -30,6 +31,7 @@ def settled(tuner: LoRATuner) -> Any:
         preset=tuner.preset,
         config=tuner.config,
         tokenizer=tuner.tokenizer,
+        folder=RunFolder(tuner.config.output_dir),
     )
 
 
@@ -67,6 +69,10 @@ def test_what_the_config_names_need_not_be_an_argument() -> None:
         ({"train": "no_such_file.jsonl"}, ForgeError, "no_such_file"),
         ({"train": [{"a": 1}]}, ForgeError, "format"),
         ({"train": preferences(), "validation": 4}, ConflictError, "preset='dpo'"),
+        ({"overrides": {"save_only_model": True}}, ConflictError, "could not go on"),
+        ({"overrides": {"save_strategy": "no"}}, ConflictError, "begin anew"),
+        ({"overrides": {"push_to_hub": True, "hub_strategy": "end"}}, ConflictError, "publish checkpoints"),
+        ({"overrides": {"eval_strategy": "epoch", "load_best_model_at_end": True}}, ConflictError, "trainer refuses"),
         ({"preset": "dpo"}, ConflictError, "preset='qlora'"),
         ({"preset": "dpo", "overrides": {"bias": "all"}}, ConflictError, "second adapter"),
         ({"validation": 2000}, ForgeError, "2000"),
@@ -166,6 +172,11 @@ def test_prepared_data_are_taken_as_they_are(make_tuner: Callable[..., LoRATuner
         settled(tuner)
     tuner.validation = None
     assert settled(tuner).data is ready
+    tuner.train = prepare_dataset(rows * 1, tiny_tokenizer(), validation=5)
+    tuner.config = tuner.config.replace(max_length=8)
+    with pytest.raises(ConflictError, match="max_length=8 would cut"):
+        settled(tuner)
+    tuner.config = tuner.config.replace(max_length=64)
     tuner.train = prepare_dataset(rows, tiny_tokenizer())
     with pytest.raises(ConflictError, match="nothing to validate on"):
         settled(tuner)
@@ -190,6 +201,14 @@ def test_a_live_model_with_adapters_is_refused(
         settled(make_tuner(model, tokenizer=tokenizer))
     with pytest.raises(ConflictError, match="give an id"):
         settled(make_tuner(3, tokenizer=tokenizer))
+
+
+def test_callbacks_that_are_none_and_presets_for_other_machines(make_tuner: Callable[..., LoRATuner]) -> None:
+    for wrong in (["x"], transformers.ProgressCallback, "early"):
+        with pytest.raises(ConflictError, match="TrainerCallbacks"):
+            make_tuner(callbacks=wrong)
+    with pytest.raises(ForgeError, match="ampere"):
+        settled(make_tuner(preset=get_preset("lora", hardware="ampere")))
 
 
 def test_it_refuses_to_run_in_many_processes(

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import UnsupportedError
 from .memento import memento_of
-from .unload import base_of, innermost, safe_unload_peft_adapters
+from .unload import base_of, carries_adapters, innermost, refuse_another_run, safe_unload_peft_adapters
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,21 +46,32 @@ def cleanup_peft_model(model: PeftModel | Trainer) -> None:
     Raises:
         ForgeError: the base cannot be brought back exactly (see `safe_unload_peft_adapters`). The optimizer and all
             else is let go of all the same.
+        ConflictError: the base has another adapter by now; nothing is touched.
         UnsupportedError: neither a model nor a trainer.
     """
     wrapped = _model_of(model)
     device = _device_of(wrapped)
     before = _in_use(device)
-    _let_go(wrapped, model if wrapped is not model else None)
+    trainer = model if hasattr(model, "callback_handler") else None
+    if not carries_adapters(
+        wrapped
+    ):  # unloaded before: the base may be in another run by now, which is not to be touched
+        if trainer is not None:
+            _empty_trainer(trainer)
+        del wrapped, model, trainer
+        gc.collect()
+        return
+    refuse_another_run(wrapped)
+    _let_go(wrapped, trainer)
     try:
         safe_unload_peft_adapters(wrapped)
     finally:
-        del wrapped, model
+        del wrapped, model, trainer
         gc.collect()
         _empty_cache(device)
-        returned = before - _in_use(device)
-        kind = "resident host memory" if device is None else f"memory of {device}"
-        _log.info("the run's memory has been returned: %s of %s", _size(max(returned, 0)), kind)
+    returned = before - _in_use(device)
+    kind = "resident host memory" if device is None else f"memory of {device}"
+    _log.info("the run's memory has been returned: %s of %s", _size(max(returned, 0)), kind)
 
 
 def _model_of(model: Any) -> Any:
@@ -103,10 +114,15 @@ def _holders() -> tuple[list[Any], list[Any], list[Any]]:
     from transformers import Trainer
 
     found: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
+    kinds = (Trainer, torch.optim.Optimizer, Accelerator)
+    wanted: dict[type, tuple[list[Any], ...]] = {}  # by class: there are millions of objects, and few classes
     for each in gc.get_objects():
-        for kind, several in zip((Trainer, torch.optim.Optimizer, Accelerator), found, strict=True):
-            if issubclass(type(each), kind):
-                several.append(each)
+        several = wanted.get(type(each))
+        if several is None:
+            several = tuple(of for kind, of in zip(kinds, found, strict=True) if issubclass(type(each), kind))
+            wanted[type(each)] = several
+        for one in several:
+            one.append(each)
     return found
 
 
@@ -133,19 +149,24 @@ def _empty_trainer(trainer: Any) -> None:
 
 def _empty_accelerator(accelerator: Any, ours: set[int], model: nn.Module) -> None:
     """One that is the caller's own keeps what belongs to other models."""
-    gone = [each for each in getattr(accelerator, "_optimizers", ()) if _holds(each, ours)]
+    gone = [each for each in getattr(accelerator, "_optimizers", ()) if _is_all_ours(each, ours)]
     accelerator._models = [each for each in getattr(accelerator, "_models", ()) if _inner(each) is not model]
     accelerator._optimizers = [each for each in getattr(accelerator, "_optimizers", ()) if each not in gone]
     accelerator._schedulers = [
         each
         for each in getattr(accelerator, "_schedulers", ())
-        if not any(_holds(optimizer, ours) for optimizer in getattr(each, "optimizers", ()))
+        if not any(_is_all_ours(optimizer, ours) for optimizer in getattr(each, "optimizers", ()))
     ]
 
 
 def _holds(optimizer: Any, ours: set[int]) -> bool:
     groups = getattr(optimizer, "param_groups", ())  # none where there is no optimizer yet
     return any(id(parameter) in ours for group in groups for parameter in group["params"])
+
+
+def _is_all_ours(optimizer: Any, ours: set[int]) -> bool:
+    parameters = [parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]]
+    return bool(parameters) and all(id(parameter) in ours for parameter in parameters)
 
 
 def _empty_optimizer(optimizer: Any, ours: set[int]) -> None:

@@ -80,6 +80,8 @@ def _reasons(base: nn.Module, configs: Any) -> Iterator[_Reason]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+    if configs and not layers and any(_has_layers(config) for config in configs.values()):
+        yield _Reason("its adapters were taken off before, by merge_and_unload() or unload(): which, nothing shows")
     if layers and not configs:
         yield _Reason("it has adapters without a config that says what they are")
     for name, config in configs.items():
@@ -99,6 +101,11 @@ def _reasons(base: nn.Module, configs: Any) -> Iterator[_Reason]:
     if trained:
         shown = ", ".join(list(trained)[:3]) + (" and others" if len(trained) > 3 else "")
         yield _Reason(f"{shown} of the base trained", lambda name: name in trained)
+
+
+def _has_layers(config: Any) -> bool:
+    """Whether an adapter of this kind sits in layers of the model, and not in front of it."""
+    return not getattr(config, "is_prompt_learning", False)
 
 
 def _own_parameters(base: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

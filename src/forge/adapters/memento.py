@@ -61,8 +61,8 @@ class Memento:
         Raises:
             ForgeError: a value has changed that was not copied, and is not in the source. Nothing is changed then.
         """
-        end_prefix_cache(base)
         repairs = self.weights.repairs(base, source)
+        end_prefix_cache(base)
         self.structure.put_back(base)
         self.weights.put_back(base, repairs)
 

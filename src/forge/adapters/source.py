@@ -26,6 +26,7 @@ class Source:
     """
 
     def __init__(self, restore_from: Any, base: nn.Module) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
         from torch import nn
 
         self._base = base
@@ -33,6 +34,11 @@ class Source:
         self._files: dict[str, Path] | None = None
         self._where = restore_from
         if isinstance(restore_from, nn.Module):
+            if any(isinstance(module, BaseTunerLayer) for module in restore_from.modules()):
+                raise ForgeError(
+                    f"restore_from is a {type(restore_from).__name__} that carries adapters, and PiSSA and its kin "
+                    "change the weights below them: pass a copy of the base that never had any, or its checkpoint."
+                )
             self._named = _named_tensors(restore_from)
         elif isinstance(restore_from, Mapping):
             self._named = restore_from
@@ -40,6 +46,26 @@ class Source:
             raise ForgeError(
                 f"restore_from={type(restore_from).__name__}: it must be a state dict, a model, or the folder or hub "
                 "id of a checkpoint."
+            )
+        else:
+            self._refuse_other_checkpoints(Path(restore_from))
+
+    def _refuse_other_checkpoints(self, folder: Path) -> None:
+        """An adapter's folder, or that of another architecture, which would be built and filled at random."""
+        if (folder / "adapter_config.json").is_file():
+            raise ForgeError(
+                f"restore_from={str(folder)!r} holds an adapter, not the base's weights: pass the folder or hub id "
+                "that the base was loaded from."
+            )
+        wanted = getattr(getattr(self._base, "config", None), "model_type", None)
+        try:
+            found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        except (OSError, ValueError, AttributeError):
+            return  # a hub id, or a folder whose config transformers will complain of
+        if wanted and found and wanted != found:
+            raise ForgeError(
+                f"restore_from={str(folder)!r} is a checkpoint of {found!r}, and the base is a {wanted!r}: pass the "
+                "one that the base was loaded from."
             )
 
     def find(self, names: Sequence[str]) -> Tensor | None:
@@ -68,13 +94,22 @@ class Source:
         if not hasattr(base, "config") or getattr(base, "is_quantized", False):
             return {}
         try:
-            loaded = type(base).from_pretrained(str(self._where), dtype="auto", device_map="cpu")
-        except (OSError, ValueError) as error:
+            loaded, report = type(base).from_pretrained(
+                str(self._where), dtype="auto", device_map="cpu", output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
             raise ForgeError(
                 f"restore_from={str(self._where)!r}: no checkpoint of a {type(base).__name__} can be loaded from there "
                 f"({error}). Pass the folder or hub id that the base was loaded from, or a state dict."
             ) from error
-        return _named_tensors(loaded)
+        # What the checkpoint lacks was initialised at random, and is nobody's value.
+        invented = {name for key in ("missing_keys", "mismatched_keys") for name in map(_name_of, report.get(key, ()))}
+        return {name: tensor for name, tensor in _named_tensors(loaded).items() if name not in invented}
+
+
+def _name_of(key: Any) -> str:
+    """Of a key that did not match, transformers tells the shapes too."""
+    return str(key) if isinstance(key, str) else str(key[0])
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Any]:

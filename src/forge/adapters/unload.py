@@ -77,12 +77,33 @@ def safe_unload_peft_adapters(
     return base
 
 
+def carries_adapters(model: Any) -> bool:
+    """Whether there is anything to unload: not where it was unloaded before, and not in a model that never had any."""
+    base = base_of(model)
+    if vars(model).get(_UNLOADED):
+        return False
+    return memento_of(base) is not None or model is not base or has_adapters(base)
+
+
+def refuse_another_run(model: Any) -> None:
+    """Refuse a PeftModel whose base is in another one by now.
+
+    Raises:
+        ConflictError: it is.
+    """
+    base = base_of(model)
+    memento = memento_of(base)
+    if memento is not None:
+        _refuse_another(memento, model, base)
+
+
 def base_of(model: Any) -> Any:
     """The model inside a PeftModel (a mixed one too), or the model itself."""
     if hasattr(model, "peft_config") and not callable(getattr(model, "get_base_model", None)):
         tuner: Any = getattr(model, "base_model", None)
         return tuner.model if hasattr(tuner, "tuner_layer_cls") or hasattr(tuner, "targeted_module_names") else model
-    return unwrap(model)
+    base = unwrap(model)
+    return base_of(base) if base is not model and hasattr(base, "get_base_model") else base  # one in another
 
 
 def innermost(model: Any) -> Any:

@@ -28,6 +28,11 @@ class Attachable:
             self._refuse()
         return False
 
+    def _release(self, trainer: Trainer) -> None:
+        """Forget the trainer, when it will not train any more: the next one may be attached."""
+        if self._trainer is trainer:
+            self._trainer = None
+
     def _is_attached(self, state: TrainerState) -> bool:
         """Say whether the trainer whose state this is, is the one that it is attached to.
 

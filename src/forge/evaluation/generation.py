@@ -95,7 +95,7 @@ def encode_prompts(
     empty = [number for number, ids in enumerate(encoded) if not ids]
     if empty:
         raise ConflictError(f"Prompt {empty[0]} has no tokens ({len(empty)} such in all). Leave it out.")
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # token adapters around it know no num_embeddings
     if (highest := max((max(ids) for ids in encoded), default=0)) >= vocabulary:
         raise ConflictError(
             f"A prompt has token {highest}, but the model has {vocabulary} embeddings: is it "
@@ -136,7 +136,7 @@ def answer(
     from tqdm.auto import tqdm
 
     pad = pad_token_id(tokenizer)
-    if pad >= model.get_input_embeddings().num_embeddings:
+    if pad >= model.get_input_embeddings().weight.shape[0]:
         pad = 0  # the mask hides it, so any token will do that the model has
     stops = stop_token_ids(tokenizer, model.generation_config)
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
@@ -165,8 +165,13 @@ def as_it_was(model: Any) -> Iterator[None]:
     """Evaluation mode inside, in the weights' own precision; afterwards everything as before.
 
     A Trainer that ran with bf16 or fp16 leaves its autocast around the model's forward, and the same weights would
-    answer otherwise before a training and after it.
+    answer otherwise before a training and after it. TRL leaves the router's auxiliary loss switched on, which
+    `generate` cannot compute.
     """
+    routed = model.config.get_text_config()
+    router_logits = getattr(routed, "output_router_logits", None)
+    if router_logits:
+        routed.output_router_logits = False
     training = {module: module.training for module in model.modules()}
     wrapped = model.__dict__.get("forward") if "_original_forward" in model.__dict__ else None
     model.eval()
@@ -175,6 +180,8 @@ def as_it_was(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
+        if router_logits:
+            routed.output_router_logits = router_logits
         if wrapped is not None:
             model.forward = wrapped
         for module, was in training.items():

@@ -57,7 +57,7 @@ def check_fit(model: Any, preset: Preset, config: TuningConfig, *, longest: int,
         packed: whether rows are packed.
 
     Returns:
-        The estimate; where it is uncertain whether the run fits, `fits` of the caller says so.
+        The estimate; `surely_fits` says whether its upper end fits too.
 
     Raises:
         UnsupportedError: not even the lower end of the estimate's band fits. The message says what would.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,25 @@ def interruption(asked: signal.Signals, where: str) -> BaseException:
     said = f"{where} Run the same again, and it goes on there."
     logger.warning(said)
     return TuningInterrupted(said) if asked == signal.SIGINT else SystemExit(128 + asked)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block is over: what puts a model back must not stop halfway."""
+    came: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if (handler := signal.getsignal(number)) is not None:
+                before[number] = handler
+                signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for arrived in came[:1]:
+            signal.raise_signal(arrived)
 
 
 class StopAtStep(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
@@ -68,7 +89,7 @@ class StopAtStep(TrainerCallback):  # type: ignore[misc]  # transformers carries
 
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self.asked is not None:
-            raise TuningInterrupted("Stopped at once. Run the same again: it goes on at the last checkpoint.")
+            raise interruption(signal.Signals(number), "Stopped at once; the last checkpoint is there.")
         self.asked = signal.Signals(number)
         logger.warning(
             "%s: this step is finished and a checkpoint written, then the run stops. Once more stops it at once.",

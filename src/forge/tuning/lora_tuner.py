@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from transformers import TrainerCallback
+
 from ..errors import ConflictError, ForgeError
 from ..presets import Preset
 from .config import TuningConfig
@@ -15,9 +17,12 @@ from .run_folder import RunFolder
 from .settle import settle
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("forge.tuning")
+
+# Fields of the config that change the recipe.
+_RECIPE = {"preset", "overrides", "learning_rate", "num_train_epochs", "effective_batch_size", "max_length"}
 
 
 class LoRATuner:
@@ -70,7 +75,9 @@ class LoRATuner:
         self.train = config.train_data if train is None else train
         self.validation = config.validation_data if validation is None else validation
         self.preset = config.preset if preset is None else preset
-        self.config, self.callbacks, self.tokenizer = config, tuple(callbacks), tokenizer
+        listed = isinstance(callbacks, (list, tuple))
+        self.config, self.callbacks = config, tuple(callbacks) if listed else (callbacks,)
+        self.tokenizer = tokenizer
         self._refuse_what_is_missing()
 
     def __repr__(self) -> str:
@@ -92,6 +99,7 @@ class LoRATuner:
             ForgeError: what will not do: the data, the recipe, the memory, another run in the folder.
             TuningInterrupted: a KeyboardInterrupt, whose message says how to go on.
         """
+        folder = RunFolder(self.config.output_dir)
         settled = settle(
             self.model_or_id,
             self.train,
@@ -99,8 +107,8 @@ class LoRATuner:
             preset=self.preset,
             config=self.config,
             tokenizer=self.tokenizer,
+            folder=folder,
         )
-        folder = RunFolder(self.config.output_dir)
         folder.begin(settled.record, resume=resume)
         if folder.finished:
             logger.info("The run in %s is over; this is its result.", folder.path)
@@ -118,6 +126,7 @@ class LoRATuner:
         train: Any = None,
         validation: Any = None,
         callbacks: Sequence[TrainerCallback] = (),
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **changes: Any,
     ) -> LoRATuner:
         """The tuner of a run that is recorded in a folder: to go on with it, or to reproduce it in another.
@@ -130,6 +139,7 @@ class LoRATuner:
             train: the data, where they were no file or hub id.
             validation: as `train`.
             callbacks: those of the recorded run: a folder cannot hold them.
+            tokenizer: the recorded run's, where it was handed in.
             **changes: fields of `TuningConfig` that differ, such as `output_dir`; without another `output_dir` the
                 recorded run goes on.
 
@@ -151,9 +161,11 @@ class LoRATuner:
             given["model"],
             given["train"],
             given["validation"],
-            preset=folder.preset() or record["preset"],
+            # The recipe value for value, unless it is to be another one.
+            preset=record["preset"] if _RECIPE & changes.keys() else folder.preset() or record["preset"],
             config=config.replace(**{"output_dir": str(folder.path), **changes}),
             callbacks=callbacks,
+            tokenizer=tokenizer,
         )
 
     def _refuse_what_is_missing(self) -> None:
@@ -162,5 +174,9 @@ class LoRATuner:
             missing.append("a model: its id, its folder or the model itself (or config.model_name)")
         if self.train is None:
             missing.append("data to train on: a file, a hub id, rows (or config.train_data)")
+        if not all(isinstance(one, TrainerCallback) for one in self.callbacks):
+            raise ConflictError(
+                f"callbacks={self.callbacks!r:.80}: give a list of TrainerCallbacks, such as [MonitorCallback()]."
+            )
         if missing:
             raise ConflictError(f"LoRATuner needs {' and '.join(missing)}.")

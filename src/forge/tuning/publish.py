@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,11 @@ def write_card(settled: Settled, result: TuningResult, comparison: Comparison) -
         base_model=record["model"]["name"] or record["model"]["type"],
         objective=settled.preset.objective,
         preset=settled.preset.name,
-        recipe={name: (choice.value, choice.reason) for name, choice in settled.preset.choices.items()},
+        recipe={
+            name: (choice.value, choice.reason)
+            for name, choice in settled.preset.choices.items()
+            if name != "report_to"  # the tuner's own affair
+        },
         data={
             split.name: {
                 "source": record["data"][split.name]["source"] if split.name == "train" else None,
@@ -69,7 +74,8 @@ def _results(result: TuningResult, comparison: Comparison) -> list[dict[str, Any
             continue
         base, tuned = result.metrics.get(f"base_{key}"), result.metrics[key]
         line: dict[str, Any] = {"name": name, "type": kind, "base": base, "tuned": tuned}
-        if key == "loss" and (change := comparison.losses.get("tuned")) is not None:
+        change = comparison.losses.get("tuned") if key == "loss" else None
+        if change is not None and math.isfinite(change.low):  # few samples have no interval
             line["interval"] = (change.low, change.high)
         found.append({**line, "better": better})
     return found

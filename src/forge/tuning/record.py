@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..presets import Preset, get_preset
-from .fingerprint import fingerprint_of
+from .fingerprint import fingerprint_of, weights_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from ..data import PreparedData
+    from ..evaluation import BertScore
     from .config import TuningConfig
 
 # Of the config, what a run does not depend on.
@@ -34,6 +35,7 @@ def record_of(
     model_config: PreTrainedConfig,
     data: PreparedData,
     *,
+    encoder: BertScore | None,
     given: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The record of a run.
@@ -43,25 +45,28 @@ def record_of(
         recipe: the preset.
         model_config: the model's.
         data: prepared.
+        encoder: BERTScore's.
         given: "model", "train" and "validation" as the caller handed them in.
     """
     said = config.to_dict()
-    loaded_from = getattr(model_config, "_name_or_path", "")
+    model = _source(given["model"])
     return {
         "config": {key: value for key, value in said.items() if key not in _ELSEWHERE},
         "preset": recipe.name,
         "params": params_of(recipe),
         "model": {
-            **_source(given["model"]),
-            "name": str(given["model"]) if isinstance(given["model"], (str, os.PathLike)) else loaded_from,
+            **model,
+            "name": model["source"] or getattr(model_config, "_name_or_path", ""),
             "type": model_config.model_type,
             "config": _digest_of(model_config),
+            "weights": weights_of(given["model"], model_config),
         },
         "data": {
             side: {**_source(given[side]), "rows": len(rows), "fingerprint": fingerprint_of(rows)}
             for side, rows in (("train", data.train), ("validation", data.validation))
             if rows is not None
         },
+        "encoder": None if encoder is None else repr(encoder),
         "seed": config.seed,
         "versions": versions(),
         "hardware": recipe.hardware.name,
@@ -119,4 +124,6 @@ def _digest_of(config: PreTrainedConfig) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return [_plain(one) for one in value] if isinstance(value, (list, tuple, set, frozenset)) else value
+    if isinstance(value, (set, frozenset)):  # whose order is another one in every process
+        return sorted((_plain(one) for one in value), key=str)
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value

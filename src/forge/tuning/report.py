@@ -53,7 +53,7 @@ def page(settled: Settled, result: TuningResult, comparison: Comparison, log: Se
     for line in (*settled.data.report.warnings, *settled.data.report.notes):
         made.notice(line, kind="note")
     made.heading("Environment")
-    made.table(("package", "version"), list(record["versions"].items()))
+    made.table(("what", "value"), [("seed", record["seed"]), *record["versions"].items()])
     made.heading("Go on from here")
     made.preformatted(_snippet(result, record["model"]["name"]))
     return made

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from ..reporting.charts import write_whole
 logger = logging.getLogger("forge.tuning")
 
 FORMAT = 1
+LOCK = "lock"
 # What must be the same for a run to go on; versions and dates may differ, and are said when they do.
-IDENTITY = ("config", "preset", "params", "model", "data", "seed")
+IDENTITY = ("config", "preset", "params", "model", "data", "encoder", "seed")
 _OF_CHECKPOINT = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
@@ -39,7 +41,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser().absolute()  # the caller may change folders before reading the result
         self.checkpoints = self.path / "checkpoints"
         self.training = self.path / "training"
         self.adapter = self.path / "adapter"
@@ -52,7 +54,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the run is over and its result there."""
-        return self.result.is_file()
+        return self.result.is_file() and (self.adapter / "adapter_config.json").is_file()
 
     @property
     def has_progress(self) -> bool:
@@ -81,12 +83,17 @@ class RunFolder:
                 return
             if self.has_progress:
                 self._set_aside()
-        elif self.path.exists() and (there := sorted(child.name for child in self.path.iterdir())):
+        elif self.path.exists() and (
+            there := sorted(child.name for child in self.path.iterdir() if not _is_ours(child))
+        ):
             raise ForgeError(
                 f"output_dir={str(self.path)!r} is not empty and holds no run ({', '.join(there[:5])}): name a new "
                 "folder, so that nothing in it is overwritten."
             )
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ForgeError(f"output_dir={str(self.path)!r} cannot be made ({error}): name another folder.") from error
         write_json(self.record, {"forge_run": FORMAT, "begun": now(), **record})
 
     def read(self) -> dict[str, Any]:
@@ -105,6 +112,27 @@ class RunFolder:
         if not known:
             raise ForgeError(f"{self.record} has format {found['forge_run']!r}; this forge reads {FORMAT}.")
         return dict(found)
+
+    @contextmanager
+    def mine(self) -> Iterator[None]:
+        """Keep other processes out of the folder while this one works in it.
+
+        Raises:
+            ForgeError: another one is at work.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ForgeError(
+                f"Another process is at work in {self.path}. Wait until it is over, or name another output_dir."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def preset(self) -> Preset | None:
         """The recipe, value for value; None where it could not be written."""
@@ -137,6 +165,11 @@ class RunFolder:
             target = self.path.with_name(f"{self.path.name}.before-{stamp}-{number}")
         self.path.rename(target)
         logger.warning("The run that was in %s is now in %s.", self.path, target)
+
+
+def _is_ours(path: Path) -> bool:
+    """What a process leaves that is killed before the record is there."""
+    return path.name == LOCK or path.suffix == ".tmp"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,6 +13,7 @@ from ..data.source import load
 from ..errors import ConflictError, ForgeError, UnsupportedError
 from ..models.anatomy import load_config, quantization_of
 from ..presets import Preset, get_preset
+from .arguments import arguments
 from .config import TuningConfig
 from .fit import check_fit, surely_fits
 from .record import record_of
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from ..evaluation import BertScore
     from ..memory import MemoryEstimate
+    from .run_folder import RunFolder
 
 logger = logging.getLogger("forge.tuning")
 
@@ -67,6 +69,7 @@ def settle(
     preset: str | Preset,
     config: TuningConfig,
     tokenizer: PreTrainedTokenizerBase | None,
+    folder: RunFolder,
 ) -> Settled:
     """Build the recipe, prepare the data, load BERTScore's encoder, estimate the memory.
 
@@ -74,10 +77,12 @@ def settle(
         ForgeError: what will not do; see `LoRATuner`.
     """
     _refuse_many_processes()
+    model = os.fspath(model) if isinstance(model, os.PathLike) else model
     live = not isinstance(model, (str, os.PathLike))
     if live:
         _refuse_what_cannot_be_adapted(model)
     recipe = _recipe(model, preset, config, live=live)
+    arguments(recipe, config, folder)  # refuses what the trainer would refuse much later
     model_config = _config_of(model, recipe, live=live)
     tokenizer = tokenizer or _tokenizer(model, model_config, recipe, live=live)
     data = _prepare(train, validation, tokenizer, recipe)
@@ -88,9 +93,8 @@ def settle(
         logger.warning(
             "It is uncertain whether the run fits: it needs %.1f to %.1f GiB.", estimate["low_gb"], estimate["high_gb"]
         )
-    record = record_of(
-        config, recipe, model_config, data, given={"model": model, "train": train, "validation": validation}
-    )
+    given = {"model": model, "train": train, "validation": validation}
+    record = record_of(config, recipe, model_config, data, encoder=encoder, given=given)
     return Settled(config, recipe, model, tokenizer, data, encoder, estimate, record)
 
 
@@ -106,6 +110,11 @@ def _recipe(model: Any, preset: str | Preset, config: TuningConfig, *, live: boo
             recipe = get_preset(preset, model=model, **overrides)
         except OSError as error:  # what transformers raises when a config cannot be had; it may not name the model
             raise ForgeError(f"The config of model {str(model)!r} could not be read: {error}") from error
+    if (missing := recipe.hardware.missing_here()) is not None:
+        raise ConflictError(
+            f"The preset is for {recipe.hardware.name!r}, and {missing}. preset.on(Hardware.detect()) is the same "
+            "recipe for this machine."
+        )
     if not recipe.choices["use_peft"].value:
         raise UnsupportedError(_ALL_WEIGHTS.format(recipe.name))
     if recipe.objective == "dpo" and (bias := recipe.choices["bias"].value) != "none":
@@ -168,6 +177,12 @@ def _prepare(train: Any, validation: Any, tokenizer: PreTrainedTokenizerBase, re
         if validation is not None:
             raise ConflictError("train is prepared already, with its own validation part: leave validation out.")
         data = train
+        limit, longest = recipe.choices["max_length"].value, _longest(data)
+        if limit and longest > limit:
+            raise ConflictError(
+                f"The data are prepared with rows of up to {longest} tokens, and max_length={limit} would cut their "
+                f"ends off. Prepare them with max_length={limit}, or set max_length={longest}."
+            )
     else:
         # A length of None would leave rows longer than what the trainer keeps.
         length = recipe.choices["max_length"].value
@@ -185,6 +200,13 @@ def _prepare(train: Any, validation: Any, tokenizer: PreTrainedTokenizerBase, re
             f"Take preset={fits!r}, or other data."
         )
     return data
+
+
+def _longest(data: PreparedData) -> int:
+    """Tokens in the longest row as it was prepared."""
+    kept = data.report.max_length
+    longest = max(split.lengths.max for split in data.report.splits)
+    return longest if kept is None else min(longest, kept)
 
 
 def _held_out(train: Any) -> float | None:

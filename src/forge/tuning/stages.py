@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from ..adapters import cleanup_peft_model
 from ..errors import ForgeError
 from ..evaluation import EvaluationResult, compare_results, evaluate_model
-from .interruption import TuningInterrupted, interruption
+from ..evaluation.report import notes as page_notes
+from .interruption import TuningInterrupted, held_back, interruption
 from .publish import save_adapter, write_card
 from .report import page
 from .result import TuningResult
 from .run_folder import RunFolder, write_json
 from .tracked import TrackedRun
-from .training import Trained, train, with_adapter
+from .training import Trained, as_saved, train, with_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,16 +46,18 @@ class Stages:
         """All that is not there yet; the model that was handed in comes back as it was, whatever happens."""
         settled, folder = self._settled, self._folder
         self._write_recipe()
-        with TrackedRun(settled, folder) as tracked, self._saying_where():
+        with folder.mine(), TrackedRun(settled, folder) as tracked, self._saying_where():
             base_model = self._load()
             base = self._evaluated("base", base_model)
+            self._refuse_a_silent_judge(base)
             model = with_adapter(settled, base_model)
             del base_model
             try:
                 trained = self._trained(model, tracked)
                 tuned = self._evaluated("tuned", model)
             finally:
-                cleanup_peft_model(model)
+                with held_back():
+                    cleanup_peft_model(model)
             result = self._result(base, tuned, trained)
             tracked.finish(result)
         logger.info("Done: %s", folder.report)
@@ -96,6 +100,20 @@ class Stages:
         result.save(folder)
         return result
 
+    def _refuse_a_silent_judge(self, base: EvaluationResult) -> None:
+        """A judge of whom nothing can be had is found out before the training, not after it.
+
+        Raises:
+            ForgeError: of all the answers that it was shown it judged none.
+        """
+        asked = [one for one in base.samples if one.was_judged]
+        if asked and not base.judge_scores:
+            shutil.rmtree(self._folder.evaluation / base.model)  # so that the next call asks again
+            raise ForgeError(
+                f"The judge gave no score for any of {len(asked)} answers; of the first: {asked[0].judge_error}. Mend "
+                "that and run the same again, or set judge=None."
+            )
+
     def _trained(self, model: PeftModel, tracked: TrackedRun) -> Trained:
         """Train, or load what was trained."""
         folder, kept = self._folder, self._folder.path / "training.json"
@@ -108,6 +126,7 @@ class Stages:
         logger.info("Training.")
         trained = train(self._settled, model, folder, [*tracked.callbacks(), *self._callbacks])
         save_adapter(model, self._settled.tokenizer, folder.adapter)
+        as_saved(model)
         write_json(kept, {"metrics": dict(trained.metrics), "notes": list(trained.notes), "log": list(trained.log)})
         if trained.asked_to_stop is not None:
             raise interruption(trained.asked_to_stop, f"The adapter is trained to its end, and in {folder.adapter}.")
@@ -124,7 +143,8 @@ class Stages:
             "estimated_memory_gb": float(settled.estimate["total_estimated_gb"]),
         }
         record = settled.record
-        result = TuningResult(settled.preset.name, record["params"], metrics, folder.path, trained.notes)
+        notes = dict.fromkeys([*trained.notes, *page_notes(comparison.results)])
+        result = TuningResult(settled.preset.name, record["params"], metrics, folder.path, tuple(notes))
         page(settled, result, comparison, trained.log).save(folder.report)
         write_card(settled, result, comparison)
         result.save()  # the last: what has it is over

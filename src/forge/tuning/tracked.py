@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .settle import Settled
 
 OPTIMIZATION_TYPE = "single"
+# An adapter over a slow line takes its time; a server that does not answer ends the wait much earlier.
+CLOSE_S = 180
 
 
 class TrackedRun:
@@ -56,12 +58,12 @@ class TrackedRun:
         self._trial.log_artifact(folder.adapter, artifact_path="adapter")
         for file in (folder.record, folder.recipe):
             if file.is_file():
-                self._trial.log_artifact(file, artifact_path="config")
+                self._trial.log_artifact(file, artifact_path="config", without_paths=True)
         for part in (folder.training, folder.evaluation):
             if part.is_dir():
                 self._trial.log_artifact(part, artifact_path=part.name)
         self._study.log_params({f"best_{name}": value for name, value in trial_params(result.params).items()})
-        self._study.log_artifact(folder.report)
+        self._study.log_artifact(folder.report, without_paths=True)
         self._study.log_artifact(folder.result)
         self._study.log_artifact(folder.adapter, artifact_path="model")
 
@@ -72,4 +74,4 @@ class TrackedRun:
         status: Status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
         self._trial.end(status)
         self._study.end(status)
-        self._tracking.close()
+        self._tracking.close(CLOSE_S)

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from signal import Signals
 from typing import TYPE_CHECKING, Any
 
-from ..adapters import attach_adapter
+from ..adapters import attach_adapter, safe_unload_peft_adapters
 from ..callbacks import EMACallback, MonitorCallback
 from ..callbacks.attachable import Attachable
-from ..errors import ConflictError, ForgeError, NonFiniteError
+from ..errors import ForgeError, NonFiniteError
+from .arguments import arguments
 from .interruption import StopAtStep, interruption
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from peft import PeftModel
     from transformers import PreTrainedModel, Trainer, TrainerCallback
 
@@ -22,9 +25,6 @@ if TYPE_CHECKING:
     from .settle import Settled
 
 logger = logging.getLogger("forge.tuning")
-
-# A tenth of a run is what a crash may cost; two, since the newest may be half written.
-SAVE_STEPS, SAVED_CHECKPOINTS = 0.1, 2
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,26 @@ def with_adapter(settled: Settled, base: PreTrainedModel) -> PeftModel:
 
     set_seed(settled.config.seed)
     model = attach_adapter(base, settled.preset.get_lora_config())
-    if settled.config.freeze_ratio:
-        setup_lp_lora_style(model, freeze_ratio=settled.config.freeze_ratio)
+    try:
+        if settled.config.freeze_ratio:
+            setup_lp_lora_style(model, freeze_ratio=settled.config.freeze_ratio)
+    except BaseException:
+        safe_unload_peft_adapters(model)
+        raise
     return model
+
+
+def as_saved(model: PeftModel) -> None:
+    """Give `modules_to_save` the dtype that they have when the adapter is loaded on this base.
+
+    They train in fp32; beside a base in 16 bits they would be evaluated as nobody will ever run them.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for copy in module.modules_to_save.values():
+                copy.to(next(module.original_module.parameters()).dtype)
 
 
 def train(settled: Settled, model: PeftModel, folder: RunFolder, callbacks: Sequence[TrainerCallback]) -> Trained:
@@ -85,8 +102,7 @@ def train(settled: Settled, model: PeftModel, folder: RunFolder, callbacks: Sequ
         except torch.OutOfMemoryError as error:
             raise ForgeError(_out_of_memory(settled, trainer)) from error
         finally:
-            if settled.config.prefix_cache:
-                _detach(trainer)
+            _detach(trainer, [monitor, *callbacks])
         whole = trainer.state.global_step >= trainer.state.max_steps
         if not whole:
             _refuse_broken(monitor, trainer, folder)
@@ -101,36 +117,7 @@ def train(settled: Settled, model: PeftModel, folder: RunFolder, callbacks: Sequ
     }
     if torch.cuda.is_available():
         metrics["peak_memory_gb"] = torch.cuda.max_memory_reserved() / 2**30
-    notes = (
-        []
-        if whole
-        else [f"Stopped by a callback after {trainer.state.global_step} of {trainer.state.max_steps} steps."]
-    )
-    if ema is not None:
-        notes.append("The adapter is the average of its last steps (EMACallback).")
-    return Trained(metrics, tuple(notes), tuple(trainer.state.log_history), stop.asked)
-
-
-def arguments(settled: Settled, folder: RunFolder) -> Any:
-    """The recipe's own arguments, with this run's folder, seed and checkpoints.
-
-    Raises:
-        ConflictError: `save_only_model=True`: nothing could go on from such a checkpoint.
-    """
-    from transformers.trainer_utils import SaveStrategy
-
-    preset, config = settled.preset, settled.config
-    args = preset.get_dpo_config() if preset.objective == "dpo" else preset.get_sft_config()
-    if args.save_only_model:
-        raise ConflictError("save_only_model=True keeps no optimizer, and a killed run could not go on: leave it out.")
-    args.output_dir = str(folder.checkpoints)
-    args.seed = config.seed
-    args.report_to = list(config.report_to)
-    if not {"save_strategy", "save_steps"} & preset.overrides.keys():
-        args.save_strategy, args.save_steps = SaveStrategy.STEPS, SAVE_STEPS
-    if "save_total_limit" not in preset.overrides:
-        args.save_total_limit = SAVED_CHECKPOINTS
-    return args
+    return Trained(metrics, _notes(settled, trainer, checkpoint), tuple(trainer.state.log_history), stop.asked)
 
 
 def _trainer(settled: Settled, model: PeftModel, folder: RunFolder, callbacks: list[TrainerCallback]) -> Trainer:
@@ -139,7 +126,7 @@ def _trainer(settled: Settled, model: PeftModel, folder: RunFolder, callbacks: l
     kind = DPOTrainer if settled.preset.objective == "dpo" else SFTTrainer
     return kind(
         model=model,
-        args=arguments(settled, folder),
+        args=arguments(settled.preset, settled.config, folder),
         train_dataset=settled.data.train,
         eval_dataset=settled.data.validation,
         processing_class=settled.tokenizer,
@@ -147,7 +134,7 @@ def _trainer(settled: Settled, model: PeftModel, folder: RunFolder, callbacks: l
     )
 
 
-def _attach(settled: Settled, trainer: Trainer, callbacks: Sequence[Any]) -> None:
+def _attach(settled: Settled, trainer: Any, callbacks: Sequence[Any]) -> None:
     """What reaches further than events do: the monitor, the cache, and whatever of the caller's has an `attach`."""
     for callback in dict.fromkeys(callbacks):
         if isinstance(callback, Attachable) and hasattr(callback, "attach"):
@@ -158,9 +145,13 @@ def _attach(settled: Settled, trainer: Trainer, callbacks: Sequence[Any]) -> Non
         trainer._forge_prefix_cache = PrefixCache().attach(trainer)
 
 
-def _detach(trainer: Any) -> None:
-    trainer._forge_prefix_cache.detach()
-    del trainer._forge_prefix_cache
+def _detach(trainer: Any, callbacks: Sequence[Any]) -> None:
+    """So that the same callbacks can serve the run when it goes on."""
+    for callback in callbacks:
+        if isinstance(callback, Attachable):
+            callback._release(trainer)
+    if (cache := vars(trainer).pop("_forge_prefix_cache", None)) is not None:
+        cache.detach()
 
 
 def _refuse_broken(monitor: MonitorCallback, trainer: Trainer, folder: RunFolder) -> None:
@@ -171,6 +162,25 @@ def _refuse_broken(monitor: MonitorCallback, trainer: Trainer, folder: RunFolder
             f"{broken[-1].message} The weights before that step are in {folder.checkpoints}. Lower the learning rate "
             "and name another output_dir."
         )
+
+
+def _notes(settled: Settled, trainer: Trainer, checkpoint: Path | None) -> tuple[str, ...]:
+    state, config = trainer.state, settled.config
+    notes = []
+    if state.global_step < state.max_steps:
+        notes.append(f"Stopped by a callback after {state.global_step} of {state.max_steps} steps.")
+    if checkpoint is not None:
+        notes.append(f"The training was interrupted; its seconds are those since {checkpoint.name}.")
+    if config.freeze_ratio:
+        cached = ", and a PrefixCache served them" if config.prefix_cache else ""
+        notes.append(
+            f"The lowest layers were frozen and have no adapters (freeze_ratio={config.freeze_ratio:g}){cached}."
+        )
+    if config.ema:
+        notes.append("The adapter is the average of its last steps (EMACallback).")
+    if trainer.args.load_best_model_at_end:
+        notes.append(f"The adapter is that of the best checkpoint, step {state.best_global_step}.")
+    return tuple(notes)
 
 
 def _mean_loss(log: Sequence[Mapping[str, Any]], otherwise: float) -> float:

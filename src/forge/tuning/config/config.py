@@ -50,16 +50,16 @@ class TuningConfig:
         train_data: A path or a hub id.
         validation_data: A path or a hub id; or how much of the training rows to hold out, as a share (a float) or a
             number of rows (an int).
-        n_trials: How many settings a search tries.
+        n_trials: How many settings a search tries; one run of `LoRATuner` has no use for it.
         judge: A judge, the name of one, True for the default one (`FORGE_JUDGE`, else "local"), None or False for none.
         bert_score: A `BertScore`, an encoder's id or folder, True for bert-score's own choice, False for none.
-        max_eval_samples: At most so many held-out samples are answered; None for all.
+        max_eval_samples: At most so many held-out samples are evaluated: answers and loss; None for all.
         judge_samples: At most so many of them are shown to the judge; None for all.
         max_new_tokens: The longest answer, in tokens.
         eval_batch_size: Samples at a time when answers are generated.
         gpu: The card that the run must fit on ("RTX 4090", "24GB"); None for the one that is here.
         seed: Of the adapter's weights and of the order of the rows.
-        output_dir: Where the folders of runs are made.
+        output_dir: The run's folder.
         report_to: "wandb", "tensorboard", "trackio", for the trainer. MLflow has a switch of its own.
         mlflow_enabled: Whether MLflow records the run.
         mlflow_tracking_uri: The address of its server, or a folder. Credentials in it are used, and never shown or

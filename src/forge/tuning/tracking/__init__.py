@@ -4,6 +4,7 @@ Nothing that the training calls touches the network, waits, or raises.
 
     spool.py      the lines on disk, which only grow
     runs.py       study and trial, as tuners use them
+    reading.py    whole lines, in portions
     delivery.py   lines -> MLflow, each once
     courier.py    the process beside the training, and `python -m forge.tuning.tracking FOLDER`
     names.py      what things are called there

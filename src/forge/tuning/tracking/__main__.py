@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from pathlib import Path
 
 from ...errors import ForgeError
@@ -21,6 +22,9 @@ def main() -> None:
         follow(options.folder)
         return
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # Of this process alone; MLflow's own defaults would repeat a request for many minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     try:
         upload(options.folder, options.tracking_uri)
     except ForgeError as error:

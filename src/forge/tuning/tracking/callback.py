@@ -17,7 +17,7 @@ class TrackingCallback(TrainerCallback):  # type: ignore[misc]  # transformers c
 
     | key | what |
     |---|---|
-    | `loss`, `learning_rate`, `grad_norm`, `eval_loss`, ... | whatever the Trainer and the callbacks before this one log |
+    | `loss`, `learning_rate`, `grad_norm`, `eval_loss`, ... | what the Trainer and the callbacks before this one log |
 
     Args:
         run: the run.

@@ -12,8 +12,8 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 from .delivery import STATE
 from .spool import LINES
@@ -23,8 +23,15 @@ logger = logging.getLogger("forge.tracking")
 LOG = "delivery.log"
 # Not in the arguments, which every user of the machine can read.
 URI, EXPERIMENT = "FORGE_TRACKING_URI", "FORGE_TRACKING_EXPERIMENT"
-# Retries are ours, so that an outage is known at once and a request never hangs for minutes.
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+# Retries are ours, so that an outage is known at once and a request never hangs for long.
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "60"}
+_ENVIRONMENT = {
+    **PATIENCE,
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PYTHONSAFEPATH": "1",  # a folder named mlflow beside the program is no package
+    "PYTHONWARNINGS": "ignore",
+}
 
 
 class Courier:
@@ -38,10 +45,12 @@ class Courier:
 
     def __init__(self, folder: Path, uri: str | None, experiment: str) -> None:
         self._folder = folder
+        self._finishing = False
+        self._process: subprocess.Popen[bytes] | None = None
         try:
             with (folder / LOG).open("ab") as log:
-                self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
-                    [sys.executable, "-m", __package__, str(folder.parent), "--follow"],
+                process = subprocess.Popen(
+                    [sys.executable, "-m", str(__package__), str(folder.parent), "--follow"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -49,10 +58,11 @@ class Courier:
                     start_new_session=True,  # Ctrl-C is for the training
                 )
         except OSError as error:
-            self._process = None
             logger.warning("MLflow is not told while the run goes on: %s", error)
             return
-        threading.Thread(target=_hand_on, args=(self._process.stdout,), daemon=True).start()
+        self._process = process
+        self._listener = threading.Thread(target=self._hand_on, args=(process,), daemon=True)
+        self._listener.start()
 
     def finish(self, timeout_s: float) -> bool:
         """Wait until all is delivered, but no longer than that.
@@ -63,22 +73,48 @@ class Courier:
         Returns:
             Whether it is.
         """
-        if self._process is not None:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
+        process = self._process
+        if process is not None:
+            self._finishing = True
+            if process.stdin is not None:
+                # A word and not only the end: data loaders that were forked may hold the other end open.
+                with suppress(OSError):
+                    process.stdin.write(b"\n")
+                with suppress(OSError):
+                    process.stdin.close()
             try:
-                self._process.wait(timeout_s)
+                process.wait(timeout_s)
             except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+                process.kill()
+                process.wait()
+            self._listener.join(5)
             self._process = None
         return all_delivered(self._folder)
+
+    def _hand_on(self, process: subprocess.Popen[bytes]) -> None:
+        """What the process has to say becomes log records of this one."""
+        if process.stdout is None:
+            return
+        with process.stdout as lines:
+            for line in lines:
+                try:
+                    record = json.loads(line)
+                    level, message = record["forge"], record["message"]
+                except (ValueError, KeyError, TypeError):  # MLflow prints, too
+                    continue
+                logger.log(level, "%s", message)
+        if process.wait() != 0 and not self._finishing:
+            logger.warning(
+                "The process that tells MLflow has ended (%s; see %s). The run goes on; what it has to tell is kept.",
+                process.returncode,
+                self._folder / LOG,
+            )
 
 
 def environment(uri: str | None, experiment: str) -> dict[str, str]:
     """This process's, with what the other one needs; forge is found where this one found it."""
-    paths = os.pathsep.join(filter(None, sys.path))
-    own = {EXPERIMENT: experiment, **({} if uri is None else {URI: uri}), **_PATIENCE}
+    paths = os.pathsep.join(path for path in sys.path if path and os.pathsep not in path)
+    own = {EXPERIMENT: experiment, **({} if uri is None else {URI: uri}), **_ENVIRONMENT}
     return {**os.environ, "PYTHONPATH": paths, **own}
 
 
@@ -89,18 +125,10 @@ def all_delivered(folder: Path) -> bool:
         folder: the spool's.
     """
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return bool(state["offset"] == (folder / LINES).stat().st_size)
+        size = (folder / LINES).stat().st_size
+    except OSError:
+        return True  # nothing was ever written
+    try:
+        return bool(json.loads((folder / STATE).read_text(encoding="utf-8"))["offset"] == size)
     except (OSError, ValueError, KeyError):
-        return False
-
-
-def _hand_on(lines: IO[bytes] | None) -> None:
-    """What the process has to say becomes log records of this one."""
-    for line in lines or ():
-        try:
-            record = json.loads(line)
-            level, message = record["forge"], record["message"]
-        except (ValueError, KeyError, TypeError):  # MLflow prints, too
-            continue
-        logger.log(level, message)
+        return size == 0

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...reporting.charts import write_whole
 from .names import METRICS_A_BATCH, PARAMS_A_BATCH, PARENT, RUN_KEY, TAG, TAGS_A_BATCH, texts
-from .spool import LINES, parsed
+from .private import told
+from .reading import batches, parts, unread
+from .spool import LINES
 
 logger = logging.getLogger("forge.tracking")
 
 STATE, REFUSED = "delivered.json", "refused.jsonl"
+_UNKNOWN = "RESOURCE_DOES_NOT_EXIST"
 # What MLflow says of a request that no repetition makes better.
-_USELESS = {
-    *("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE"),
-    *("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"),
-}
+_USELESS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS", _UNKNOWN}
 # Of HTTP's own: who may, how long, how often. What else a server answers with 4xx it will answer again.
 _MAY_CHANGE = {401, 403, 407, 408, 425, 429}
-_TOGETHER = ("metrics", "params", "tags")
-_MOST_LINES = 500  # read at a time
+_SIGN_IN = "; it wants MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 
 
 @dataclass
@@ -44,8 +43,16 @@ class State:
     open: list[str] = field(default_factory=list)
 
 
+class _NeverBegunError(Exception):
+    """A line of a run whose beginning is lost."""
+
+
+class _UnknownThereError(Exception):
+    """MLflow had the runs, and has them no more."""
+
+
 class Delivery:
-    """The reading end of a spool.
+    """Brings the lines of a spool to MLflow. Telling a run's lines anew changes nothing that MLflow has.
 
     Args:
         folder: the spool's.
@@ -56,30 +63,36 @@ class Delivery:
     def __init__(self, folder: Path, uri: str | None, experiment: str) -> None:
         from mlflow import MlflowClient
 
-        from .private import told
-
         self._folder, self._experiment = folder, experiment
         self._client = MlflowClient(tracking_uri=uri)
-        to = f"{told('uri', uri or self._client.tracking_uri)} {experiment}"
+        self.to = told("uri", uri or self._client.tracking_uri)
         self._state = self._read_state()
-        if self._state.to != to:
-            self._state = State(to=to)
+        if self._state.to != f"{self.to} {experiment}":
+            self._state = State(to=f"{self.to} {experiment}")
         self._experiment_id: str | None = None
 
-    @property
-    def is_done(self) -> bool:
-        """Whether every whole line is delivered."""
-        return next(self._lines(), None) is None
+    def deliver(self, until: int | None = None) -> None:
+        """Deliver all whole lines that are there.
 
-    def deliver(self) -> None:
-        """Deliver all lines that are there.
+        Args:
+            until: the offset in bytes that none goes beyond.
 
         Raises:
             Exception: whatever MLflow raises; what was delivered before is not delivered again.
         """
-        while chunk := list(self._lines()):
-            for lines, end in _batches(chunk):
-                self._send_or_refuse(lines)
+        try:
+            self._deliver(until)
+        except _UnknownThereError as error:
+            logger.warning("MLflow no longer knows the runs (%s); all of them are told anew.", error)
+            self._state, self._experiment_id = State(to=self._state.to), None
+            self._write_state()
+            self._deliver(until)
+
+    def _deliver(self, until: int | None) -> None:
+        while lines := unread(self._folder, self._state.offset, until):
+            for batch, end in batches(lines):
+                if batch:
+                    self._send_or_refuse(batch)
                 self._state.offset = end
                 self._write_state()
 
@@ -94,7 +107,7 @@ class Delivery:
         try:
             self._send(lines)
         except Exception as error:
-            if not self._is_useless(error):
+            if not self._is_their_fault(lines[0], error):
                 raise
             if len(lines) > 1:  # the others are good, perhaps
                 for line in lines:
@@ -107,6 +120,8 @@ class Delivery:
         if first["do"] == "begin":
             self._begin(first)
             return
+        if first["run"] not in self._state.runs:
+            raise _NeverBegunError(f"the beginning of the run {first['run']} is missing")
         run = self._state.runs[first["run"]]
         if first["do"] == "end":
             self._client.set_terminated(run, first["status"], end_time=first["time"])
@@ -119,16 +134,16 @@ class Delivery:
 
     def _begin(self, line: dict[str, Any]) -> None:
         key = line["run"]
-        if key not in self._state.runs:
-            self._state.runs[key] = self._found(key) or self._created(line)
-        else:
-            self._client.update_run(self._state.runs[key], status="RUNNING")
+        known = self._state.runs.get(key) or self._found(key)
+        if known:
+            self._client.update_run(known, status="RUNNING")
+        self._state.runs[key] = known or self._created(line)
         if key not in self._state.open:
             self._state.open.append(key)
 
     def _created(self, line: dict[str, Any]) -> str:
         tags = {RUN_KEY: line["run"]}
-        if line["parent"] is not None:
+        if line["parent"] in self._state.runs:
             tags[PARENT] = self._state.runs[line["parent"]]
         run = self._client.create_run(self._in_experiment(), start_time=line["time"], tags=tags, run_name=line["name"])
         return str(run.info.run_id)
@@ -155,30 +170,33 @@ class Delivery:
         return self._experiment_id
 
     def _batch(self, run: str, lines: list[dict[str, Any]]) -> None:
-        from mlflow.entities import Metric, Param, RunTag
+        from mlflow.entities import Metric, RunTag
 
-        metrics, params, tags = [], {}, {}
+        metrics: list[Any] = []
+        params: dict[str, str] = {}
+        tags: dict[str, str] = {}
         for line in lines:
             if line["do"] == "metrics":
                 metrics += [Metric(name, value, line["time"], line["step"]) for name, value in line["values"].items()]
             else:
                 (params if line["do"] == "params" else tags).update(line["values"])
-        for part in _parts(metrics, METRICS_A_BATCH):
+        for part in parts(metrics, METRICS_A_BATCH):
             self._client.log_batch(run, metrics=part)
-        for part in _parts([RunTag(name, value) for name, value in tags.items()], TAGS_A_BATCH):
-            self._client.log_batch(run, tags=part)
         if params:
-            self._params(run, params, Param, RunTag)
+            tags |= self._params(run, params)
+        for some in parts([RunTag(name, value) for name, value in tags.items()], TAGS_A_BATCH):
+            self._client.log_batch(run, tags=some)
 
-    def _params(self, run: str, params: dict[str, str], param: Any, tag: Any) -> None:
-        """Params, which MLflow never changes: of one that has another value now, a tag tells."""
+    def _params(self, run: str, params: dict[str, str]) -> dict[str, str]:
+        """Log params, which MLflow never changes; those that have another value now come back as tags."""
+        from mlflow.entities import Param
+
         before = self._client.get_run(run).data.params
-        new = [param(name, value) for name, value in params.items() if name not in before]
-        changed = {f"changed.{name}": value for name, value in params.items() if before.get(name, value) != value}
-        for part in _parts(new, PARAMS_A_BATCH):
+        new = [Param(name, value) for name, value in params.items() if name not in before]
+        for part in parts(new, PARAMS_A_BATCH):
             self._client.log_batch(run, params=part)
-        for part in _parts([tag(name, value) for name, value in texts(changed, TAG).items()], TAGS_A_BATCH):
-            self._client.log_batch(run, tags=part)
+        changed = {f"changed.{name}": value for name, value in params.items() if before.get(name, value) != value}
+        return texts(changed, TAG)
 
     def _artifact(self, run: str, line: dict[str, Any]) -> None:
         path = Path(line["path"])
@@ -189,79 +207,46 @@ class Delivery:
         else:
             logger.warning("%s is gone, and MLflow does not get it.", path)
 
-    def _is_useless(self, error: Exception) -> bool:
-        """Whether another try would end the same; where a run is unknown there, all is told anew."""
-        code = getattr(error, "error_code", None)
-        if code == "RESOURCE_DOES_NOT_EXIST" and self._state.runs and not self._knows_the_runs():
-            self._state = State(to=self._state.to)
-            self._experiment_id = None
-            self._write_state()
-            logger.warning("MLflow no longer knows the runs; all of them are told anew.")
-            return False
+    def _is_their_fault(self, line: dict[str, Any], error: Exception) -> bool:
+        """Whether the lines are at fault, and another try would end the same, and not the server or what is before it.
+
+        Raises:
+            _UnknownThereError: it does not know the run.
+        """
+        if isinstance(error, (_NeverBegunError, FileNotFoundError, PermissionError)):
+            return True
         status = getattr(getattr(error, "response", None), "status_code", 0)
-        return (
-            code in _USELESS
-            or isinstance(error, (KeyError, TypeError, FileNotFoundError, PermissionError))
-            or (400 <= status < 500 and status not in _MAY_CHANGE)
-        )
-
-    def _knows_the_runs(self) -> bool:
-        from mlflow.exceptions import MlflowException
-
+        refused = getattr(error, "error_code", None) in _USELESS or (400 <= status < 500 and status not in _MAY_CHANGE)
+        run = self._state.runs.get(line["run"])
+        if run is None or not refused:  # nothing can be told of a run that could not begin
+            return False
+        # A wrong address, or a proxy without its server, refuses everything: not so a server that knows the run.
         try:
-            for run in self._state.runs.values():
-                self._client.get_run(run)
-        except MlflowException as error:
-            return bool(error.error_code != "RESOURCE_DOES_NOT_EXIST")
+            self._client.get_run(run)
+        except Exception as why:  # noqa: BLE001
+            if getattr(why, "error_code", None) == _UNKNOWN:
+                raise _UnknownThereError(told("error", why)) from error
+            return False
         return True
 
     def _refused(self, line: dict[str, Any], error: Exception) -> None:
         with (self._folder / REFUSED).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        logger.warning("MLflow refused a line, which is kept in %s: %s", self._folder / REFUSED, said)
-
-    def _lines(self) -> Iterator[tuple[dict[str, Any] | None, int]]:
-        """Whole lines that are not delivered, each with the offset of its end."""
-        path = self._folder / LINES
-        if not path.is_file():
-            return
-        with path.open("rb") as file:
-            file.seek(self._state.offset)
-            for _ in range(_MOST_LINES):
-                line = file.readline()
-                if not line.endswith(b"\n"):
-                    return
-                yield parsed(line), file.tell()
+            file.write(json.dumps(line) + "\n")
+        logger.warning("MLflow refused a line, which is kept in %s: %s", self._folder / REFUSED, first_line(error))
 
     def _read_state(self) -> State:
         try:
-            return State(**json.loads((self._folder / STATE).read_text(encoding="utf-8")))
+            state = State(**json.loads((self._folder / STATE).read_text(encoding="utf-8")))
+            there = (self._folder / LINES).stat().st_size
         except (OSError, ValueError, TypeError):
             return State()
+        return state if state.offset <= there else State()
 
     def _write_state(self) -> None:
         write_whole(self._folder / STATE, json.dumps(asdict(self._state)).encode())
 
 
-def _batches(chunk: list[tuple[dict[str, Any] | None, int]]) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """Lines that can go in one request: figures, settings and labels of one run that follow each other."""
-    together: list[dict[str, Any]] = []
-    end = 0
-    for line, after in chunk:
-        if line is None:  # cut short by a kill
-            end = after
-            continue
-        same = bool(together) and together[0]["run"] == line["run"]
-        if together and not (same and line["do"] in _TOGETHER and together[0]["do"] in _TOGETHER):
-            yield together, end
-            together = []
-        together.append(line)
-        end = after
-    if together:
-        yield together, end
-
-
-def _parts(values: list[Any], most: int) -> Iterator[list[Any]]:
-    for begin in range(0, len(values), most):
-        yield values[begin : begin + most]
+def first_line(error: Exception) -> str:
+    """What went wrong, in a line and without what is secret."""
+    text = told("error", (str(error) or type(error).__name__).splitlines()[0])[:300]
+    return text + _SIGN_IN if re.search(r"\b(?:401|403)\b|PERMISSION_DENIED|UNAUTHENTICATED", text) else text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import posixpath
 import re
 from collections.abc import Mapping
 from numbers import Real
@@ -33,25 +35,41 @@ def key(name: object) -> str:
     >>> key("grad_norm/lora_A (mean)")
     'grad_norm/lora_A _mean_'
     """
-    allowed = _NOT_ALLOWED.sub("_", str(name)).strip("/ ") or "_"
-    while "//" in allowed or ".." in allowed:
-        allowed = allowed.replace("//", "/").replace("..", ".")
-    return allowed[:_KEY]
+    allowed = _NOT_ALLOWED.sub("_", str(name))
+    while ".." in allowed:
+        allowed = allowed.replace("..", ".")
+    for _ in range(2):  # MLflow may take it for a path, of which there must be one way to write it
+        allowed = posixpath.normpath(allowed.strip("/ ")[:_KEY])
+    return "_" if allowed == "." else allowed
 
 
 def texts(values: Mapping[str, Any], limit: int) -> dict[str, str]:
     """Values as texts of at most so many characters, without what is secret."""
-    return {key(name): _cut(told(str(name), value), limit) for name, value in values.items()}
+    return {key(told("", name)): _cut(told(str(name), value), limit) for name, value in values.items()}
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The values that are numbers, NaN and infinities too, which MLflow knows."""
-    return {
-        key(name): float(value)
-        for name, value in values.items()
-        if isinstance(value, Real) and not isinstance(value, bool)
-    }
+    """The values that are numbers, NaN and infinities too, which MLflow knows.
+
+    >>> numbers({"loss": 1.5, "steps": 3, "name": "x", "flag": True})
+    {'loss': 1.5, 'steps': 3.0}
+    """
+    found = ((key(told("", name)), _number(value)) for name, value in values.items())
+    return {name: value for name, value in found if value is not None}
+
+
+def _number(value: Any) -> float | None:
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # of an array or a tensor
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return -math.inf if str(value).startswith("-") else math.inf
 
 
 def _cut(text: str, limit: int) -> str:
+    # Neither JSON nor databases take every character that a str can hold.
+    text = text.encode("utf-8", "replace").decode().replace("\0", " ")
     return text if len(text) <= limit else text[: limit - 3] + "..."

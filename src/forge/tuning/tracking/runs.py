@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from ...errors import ConflictError, UnsupportedError
+from ...reporting.private import public
 from .names import PARAM, TAG, numbers, texts
 from .private import told
 from .spool import Spool
@@ -52,17 +54,23 @@ class Run:
     def log_metrics(self, metrics: Mapping[str, Any], *, step: int = 0) -> None:
         """Figures; what is no number is left out."""
         if self._spool and (found := numbers(metrics)):
-            self._spool.add_metrics(self._key, found, step)
+            self._spool.add_metrics(self._key, found, int(step))
 
-    def log_artifact(self, path: str | Path, *, artifact_path: str | None = None) -> None:
+    def log_artifact(self, path: str | Path, *, artifact_path: str | None = None, without_paths: bool = False) -> None:
         """A file or a folder, which is read when it is delivered: leave it where it is.
 
         Args:
             path: of it.
             artifact_path: the folder in MLflow that it goes to.
+            without_paths: whether a copy of a text file is logged in its place, which is made now: without credentials,
+                and with no more than the last part of each path on this machine.
         """
         if self._spool:
-            self._spool.add(self._key, "artifact", path=str(Path(path).resolve()), to=artifact_path)
+            to = None if artifact_path is None else told("", artifact_path)
+            logged = self._spool.keep(self._key, Path(path), _for_others) if without_paths else path
+            if logged is not None:
+                # abspath never raises.
+                self._spool.add(self._key, "artifact", path=os.path.abspath(logged), to=to)  # noqa: PTH100
 
     def end(self, status: Status = "FINISHED") -> None:
         """Say how it ended."""
@@ -153,6 +161,10 @@ class Tracking:
         self.close()
 
 
+def _for_others(text: str) -> str:
+    return told("", public(text))
+
+
 def open_tracking(config: TuningConfig, folder: Path) -> Tracking:
     """Begin to tell MLflow, if the config says so.
 
@@ -166,12 +178,21 @@ def open_tracking(config: TuningConfig, folder: Path) -> Tracking:
     """
     if not config.mlflow_enabled:
         return Tracking()
-    uri = config.mlflow_tracking_uri
+    uri = _anchored(config.mlflow_tracking_uri)
     check_tracking(uri)
     from .courier import Courier
 
     spool = Spool(folder / FOLDER)
     return Tracking(spool, Courier(folder / FOLDER, uri, config.mlflow_experiment_name), uri)
+
+
+def _anchored(uri: str | None) -> str | None:
+    """A relative path made absolute: what is left may be sent from another folder."""
+    if not uri or uri.startswith("databricks"):
+        return uri
+    if uri.startswith("sqlite:///") and (path := uri.removeprefix("sqlite:///")) not in ("", ":memory:"):
+        return f"sqlite:///{os.path.abspath(path)}"  # noqa: PTH100
+    return uri if urlsplit(uri).scheme else os.path.abspath(uri)  # noqa: PTH100
 
 
 def check_tracking(uri: str | None) -> None:
@@ -183,7 +204,8 @@ def check_tracking(uri: str | None) -> None:
     """
     if find_spec("mlflow") is None:
         raise UnsupportedError(
-            "mlflow_enabled=True, and MLflow is not installed: pip install 'transformers-forge[mlflow]', or leave it out."
+            "mlflow_enabled=True, and MLflow is not installed: pip install 'transformers-forge[mlflow]', or leave it "
+            "out."
         )
     scheme = urlsplit(uri or "").scheme.partition("+")[0]
     if scheme not in _SCHEMES:

@@ -6,13 +6,14 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 logger = logging.getLogger("forge.tracking")
 
-LINES, KEY = "spool.jsonl", "key"
+LINES, KEY, COPIES = "spool.jsonl", "key", "copies"
 
 
 class Spool:
@@ -25,14 +26,15 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         self.path = folder / LINES
         self._lock = threading.Lock()
-        self._told: set[tuple[str, str, int]] = set()
+        self._told_before: dict[tuple[str, str, int], float] = {}
         self._lost = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.key = _key(folder / KEY)
             for record in self._before():
                 if record["do"] == "metrics":
-                    self._told |= {(record["run"], name, record["step"]) for name in record["values"]}
+                    told = {(record["run"], name, record["step"]): value for name, value in record["values"].items()}
+                    self._told_before |= told
         except OSError as error:
             self.key = uuid4().hex
             self._lose(error)
@@ -51,26 +53,54 @@ class Spool:
                 return
             try:
                 with self.path.open("ab") as file:
-                    file.write(line.encode("utf-8", "replace") + b"\n")
+                    # Paths may hold bytes that are no text; json reads them back.
+                    file.write(line.encode("utf-8", "surrogatepass") + b"\n")
             except OSError as error:
                 self._lose(error)
 
     def add_metrics(self, run: str, values: dict[str, float], step: int) -> None:
-        """Write figures of a step; those that were written before a kill are not written again."""
-        new = {name: value for name, value in values.items() if (run, name, step) not in self._told}
+        """Write figures, but for those that a process wrote which was killed later and comes to the step again.
+
+        Figures without a step, which are results, are written again where they have changed.
+        """
+        new = {name: value for name, value in values.items() if not self._was_told((run, name, step), value)}
         if new:
-            self._told |= {(run, name, step) for name in new}
             self.add(run, "metrics", values=new, step=step)
 
-    def _before(self) -> list[dict[str, Any]]:
+    def keep(self, run: str, path: Path, changed: Callable[[str], str]) -> Path | None:
+        """A changed copy of a text file, kept beside the lines; None, and a warning, where there can be none.
+
+        Args:
+            run: the key of the run that it is for.
+            path: the file's.
+            changed: its text -> the copy's.
+        """
+        copy = self.path.parent / COPIES / run.replace("/", "-") / path.name
+        try:
+            text = path.read_text(encoding="utf-8")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(changed(text), encoding="utf-8")
+        except (OSError, ValueError) as error:
+            logger.warning("%s is not logged (%s): it must be a text file.", path, error)
+            return None
+        return copy
+
+    def _was_told(self, what: tuple[str, str, int], value: float) -> bool:
+        before = self._told_before.get(what)
+        return before is not None and (what[-1] != 0 or repr(before) == repr(value))
+
+    def _before(self) -> Iterator[dict[str, Any]]:
         """The lines of an earlier process; one that a kill cut short is ended, so that the next begins afresh."""
         if not self.path.exists():
-            return []
-        text = self.path.read_bytes()
-        if text and not text.endswith(b"\n"):
+            return
+        line = b"\n"
+        with self.path.open("rb") as file:
+            for line in file:
+                if record := parsed(line):
+                    yield record
+        if not line.endswith(b"\n"):
             with self.path.open("ab") as file:
                 file.write(b"\n")
-        return list(filter(None, map(parsed, text.split(b"\n"))))
 
     def _lose(self, error: OSError) -> None:
         self._lost = True
@@ -85,7 +115,22 @@ def parsed(line: bytes) -> dict[str, Any] | None:
         found = json.loads(line)
     except ValueError:
         return None
-    return found if isinstance(found, dict) and {"run", "do", "time"} <= found.keys() else None
+    whole = (
+        isinstance(found, dict)
+        and {"run", "do", "time"} <= found.keys()
+        and _NEEDED.get(found["do"], set()) <= found.keys()
+    )
+    return found if whole else None
+
+
+_NEEDED = {
+    "begin": {"name", "parent"},
+    "params": {"values"},
+    "tags": {"values"},
+    "metrics": {"values", "step"},
+    "artifact": {"path", "to"},
+    "end": {"status"},
+}
 
 
 def _key(path: Path) -> str:
