@@ -73,6 +73,7 @@ def test_what_the_config_names_need_not_be_an_argument() -> None:
         ({"overrides": {"save_strategy": "no"}}, ConflictError, "begin anew"),
         ({"overrides": {"push_to_hub": True, "hub_strategy": "end"}}, ConflictError, "publish checkpoints"),
         ({"overrides": {"eval_strategy": "epoch", "load_best_model_at_end": True}}, ConflictError, "trainer refuses"),
+        ({"mlflow_enabled": True, "mlflow_tracking_uri": "gopher://host"}, ForgeError, "gopher"),
         ({"preset": "dpo"}, ConflictError, "preset='qlora'"),
         ({"preset": "dpo", "overrides": {"bias": "all"}}, ConflictError, "second adapter"),
         ({"validation": 2000}, ForgeError, "2000"),

@@ -17,6 +17,7 @@ from .arguments import arguments
 from .config import TuningConfig
 from .fit import check_fit, surely_fits
 from .record import record_of
+from .tracking import check_tracking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -82,6 +83,8 @@ def settle(
     if live:
         _refuse_what_cannot_be_adapted(model)
     recipe = _recipe(model, preset, config, live=live)
+    if config.mlflow_enabled:
+        check_tracking(config.mlflow_tracking_uri)
     arguments(recipe, config, folder)  # refuses what the trainer would refuse much later
     model_config = _config_of(model, recipe, live=live)
     tokenizer = tokenizer or _tokenizer(model, model_config, recipe, live=live)

@@ -12,7 +12,7 @@ Nothing that the training calls touches the network, waits, or raises.
 """
 
 from .names import trial_params
-from .runs import Status, Tracking, open_tracking
+from .runs import Status, Tracking, check_tracking, open_tracking
 from .upload import upload
 
-__all__ = ["Status", "Tracking", "open_tracking", "trial_params", "upload"]
+__all__ = ["Status", "Tracking", "check_tracking", "open_tracking", "trial_params", "upload"]
