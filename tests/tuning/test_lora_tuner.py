@@ -216,6 +216,21 @@ def test_what_a_folder_does_not_hold_must_be_handed_in(
         LoRATuner.from_run(tmp_path / "nowhere")
 
 
+def test_a_judge_that_was_an_object_is_asked_for_again(
+    make_tuner: Callable[..., LoRATuner], tmp_path: Path, rows: list[Any]
+) -> None:
+    from forge import get_judge, register_judge
+
+    @register_judge("fair")
+    def fair(prompt: str, answer: str) -> float:
+        return 50.0
+
+    first = make_tuner(judge=get_judge("fair")).run()
+    with pytest.raises(ForgeError, match=r"does not hold its judge.*judge="):
+        LoRATuner.from_run(tmp_path / "run", train=rows)
+    assert LoRATuner.from_run(tmp_path / "run", train=rows, judge=get_judge("fair")).run() == first
+
+
 def test_a_result_that_is_not_there(make_tuner: Callable[..., LoRATuner], tmp_path: Path) -> None:
     with pytest.raises(ForgeError, match="no run is there"):
         TuningResult.load(tmp_path)

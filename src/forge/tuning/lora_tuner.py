@@ -156,7 +156,13 @@ class LoRATuner:
                     f"{folder.path} does not hold its {name}, which was handed in as {source['given']}: pass {name}=."
                 )
             given[name] = source["source"] if given[name] is None else given[name]
-        config = TuningConfig(**record["elsewhere"], **record["config"])
+        if missing := [name for name in record["objects"] if name not in changes]:
+            raise ForgeError(
+                f"{folder.path} does not hold its {' and '.join(missing)}, handed in as an object: pass "
+                f"{'=, '.join(missing)}=."
+            )
+        fields = {**record["elsewhere"], **record["config"]}
+        config = TuningConfig(**{name: value for name, value in fields.items() if name not in record["objects"]})
         return cls(
             given["model"],
             given["train"],

@@ -26,6 +26,7 @@ _ELSEWHERE = {
     *("output_dir", "report_to", "gpu", "n_trials", "project_id"),
     *("mlflow_enabled", "mlflow_tracking_uri", "mlflow_experiment_name"),
 }
+_PLAIN = (str, bool, type(None))
 _PACKAGES = ("transformers-forge", "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets")
 
 
@@ -68,6 +69,8 @@ def record_of(
         },
         "encoder": None if encoder is None else repr(encoder),
         "seed": config.seed,
+        # What JSON cannot hold: `from_run` asks for it again.
+        "objects": [name for name in ("judge", "bert_score") if not isinstance(getattr(config, name), _PLAIN)],
         "versions": versions(),
         "hardware": recipe.hardware.name,
         "elsewhere": {key: value for key, value in said.items() if key in _ELSEWHERE},
