@@ -435,3 +435,12 @@ def test_the_real_model(smollm2, conversations, tmp_path):
     assert safe_unload_peft_adapters(wrapped) is model
     assert_same(before, state_of(model))
     assert torch.equal(model(**question).logits, logits)
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own, of a second adapter on the model
+def test_a_peft_model_in_a_peft_model(text_model):
+    base = text_model("llama", layers=2)
+    before = state_of(base)
+    nested = peft.get_peft_model(attach_adapter(base, lora()), lora(target_modules=["q_proj"]))
+    assert safe_unload_peft_adapters(nested) is base
+    assert_same(before, state_of(base))

@@ -367,3 +367,9 @@ def test_a_run_whose_adapter_is_gone_is_not_over(make_tuner: Callable[..., LoRAT
     shutil.rmtree(first.adapter_path)
     make_tuner().run()
     assert (first.adapter_path / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_trackers_of_the_trainer_are_handed_on(make_tuner: Callable[..., LoRATuner], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    make_tuner(report_to=("tensorboard",)).run()
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))

@@ -48,7 +48,7 @@ class Memento:
     def is_of_another(self, model: nn.Module) -> bool:
         """Whether a PeftModel is another one than this was taken for."""
         wrapper = self._wrapper() if self._wrapper is not None else None
-        return wrapper is not None and wrapper is not model
+        return wrapper is not None and all(each is not wrapper for each in model.modules())  # it may be nested
 
     def put_back_structure(self, base: nn.Module) -> None:
         """Undo what PEFT did to the modules and their flags, where it left all values alone."""
