@@ -79,6 +79,15 @@ def _imports_left_out_of_garbage_collection() -> None:
         _frozen["modules"] = len(sys.modules)
 
 
+@pytest.fixture(autouse=True)
+def _own_judges(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run every test without a judge that the environment names, and forget the judges it registered."""
+    monkeypatch.delenv("FORGE_JUDGE", raising=False)
+    yield
+    if registry := sys.modules.get("forge.evaluation.judges.registry"):
+        registry._registered.clear()
+
+
 @pytest.fixture
 def warning_recorder() -> Iterator[Any]:
     """Record all warnings of the test: `warning_recorder.assert_clean()`, `.seen`, `.matching(part)`."""

@@ -8,13 +8,7 @@ import pytest
 import torch
 
 from forge.errors import ConflictError, UnknownNameError
-from forge.evaluation.judges import Judge, Rubric, default_judge, get_judge, list_judges, register_judge, registry
-
-
-@pytest.fixture(autouse=True)
-def _own_registry(monkeypatch):
-    monkeypatch.setattr(registry, "_registered", {})
-    monkeypatch.delenv("FORGE_JUDGE", raising=False)
+from forge.evaluation.judges import Judge, Rubric, default_judge, get_judge, list_judges, register_judge
 
 
 def test_the_names():
