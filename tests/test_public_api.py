@@ -6,6 +6,7 @@ import pytest
 import forge
 
 PUBLIC = {
+    "BayesianLoRATuner",
     "BertScore",
     "BertScores",
     "CacheSize",
@@ -35,6 +36,8 @@ PUBLIC = {
     "Preset",
     "Preview",
     "Rubric",
+    "SearchSpace",
+    "StudyResult",
     "TrainingPlan",
     "TuningConfig",
     "TuningInterrupted",

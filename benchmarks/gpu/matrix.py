@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.gpu import adapters, callbacks, evaluation, freezing, memory, memory_cells, presets, tuning
+from benchmarks.gpu import adapters, callbacks, evaluation, freezing, memory, memory_cells, packing, presets, tuning
 from benchmarks.runner import Suite
 
 GROUPS = {
@@ -20,6 +20,7 @@ GROUPS = {
     "evaluation": evaluation,
     "adapters": adapters,
     "tuning": tuning,
+    "packing": packing,
 }
 TARGET = "benchmarks.gpu.matrix:measure"
 
@@ -35,6 +36,7 @@ ADAPTER_CELLS = (
     *adapters.cells(("llama-8b",), batch=(1, 1024), rounds=5, kinds=("plain",)),
 )
 TUNING_CELLS = tuple(tuning.cells(("llama-1b", "llama-8b"), ("qlora", "lora"), length=2048, steps=8))
+PACKING_CELLS = tuple(packing.cells(("llama-1b", "llama-3b"), slots=(1, 4, 8, 16, 32), tokens=(64, 256, 1024)))
 MEMORY_CELLS = tuple(memory_cells.cells())  # other parts append theirs, made with memory_cells.cell
 SMOKE_CELLS = (
     *presets.cells(("llama-tiny",), sft=(2, 64), dpo=(2, 64), steps=(1, 2)),
@@ -43,6 +45,7 @@ SMOKE_CELLS = (
     *memory_cells.smoke_cells(),
     *adapters.cells(("llama-tiny",), batch=(2, 64), rounds=2),
     *tuning.cells(("llama-tiny",), ("qlora",), length=64, steps=2, rows=16),
+    *packing.cells(("llama-tiny",), slots=(2,), tokens=(16,), precisions=("bf16",), rounds=2),
     *evaluation.cells(("llama-tiny",), prompts=4, new_tokens=4, sizes=(1, 2), length=64),
 )
 
@@ -51,7 +54,7 @@ SUITE = Suite(
     TARGET,
     (
         *(*CELLS, *CALLBACK_CELLS, *FREEZING_CELLS, *MEMORY_CELLS, *EVALUATION_CELLS),
-        *(*ADAPTER_CELLS, *TUNING_CELLS),
+        *(*ADAPTER_CELLS, *TUNING_CELLS, *PACKING_CELLS),
     ),
     timeout_s=480,
 )

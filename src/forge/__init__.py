@@ -59,11 +59,20 @@ if TYPE_CHECKING:  # the twin of _WHERE below, for editors and type checkers
         print_model_info,
     )
     from .presets import Preset, get_preset, list_presets
-    from .tuning import LoRATuner, TuningConfig, TuningInterrupted, TuningResult
+    from .tuning import (
+        BayesianLoRATuner,
+        LoRATuner,
+        SearchSpace,
+        StudyResult,
+        TuningConfig,
+        TuningInterrupted,
+        TuningResult,
+    )
 
 __version__ = "0.1.0"
 
 _WHERE = {
+    "BayesianLoRATuner": "tuning",
     "BertScore": "evaluation",
     "BertScores": "evaluation",
     "CacheSize": "freezing",
@@ -93,6 +102,8 @@ _WHERE = {
     "Preset": "presets",
     "Preview": "data",
     "Rubric": "evaluation",
+    "SearchSpace": "tuning",
+    "StudyResult": "tuning",
     "TrainingPlan": "memory",
     "TuningConfig": "tuning",
     "TuningInterrupted": "tuning",
@@ -126,6 +137,7 @@ _WHERE = {
 
 __all__ = [
     "EMA",
+    "BayesianLoRATuner",
     "BertScore",
     "BertScores",
     "CacheSize",
@@ -154,6 +166,8 @@ __all__ = [
     "Preset",
     "Preview",
     "Rubric",
+    "SearchSpace",
+    "StudyResult",
     "TrainingPlan",
     "TuningConfig",
     "TuningInterrupted",

@@ -184,3 +184,15 @@ def default_max_length(preference: bool) -> int | None:
     config = trl.DPOConfig if preference else trl.SFTConfig
     default: int | None = config.__dataclass_fields__["max_length"].default
     return default
+
+
+def train_in_order(trainer: Any) -> None:
+    """Let a trainer take its training rows in the order that they have; before transformers 5.10 no argument did."""
+    from torch.utils.data import SequentialSampler
+
+    if hasattr(trainer.args, "train_sampling_strategy"):
+        trainer.args.train_sampling_strategy = "sequential"
+    else:
+        trainer._get_train_sampler = lambda dataset=None: SequentialSampler(
+            trainer.train_dataset if dataset is None else dataset
+        )

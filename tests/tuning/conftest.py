@@ -70,3 +70,22 @@ def small(output_dir: Path) -> dict[str, Any]:
         "max_eval_samples": 4,
         "max_new_tokens": 4,
     }
+
+
+def searching(output_dir: Path) -> dict[str, Any]:
+    """Fields of a TuningConfig for a search that is over in seconds: three trials in a pack, ten steps each."""
+    return {
+        **small(output_dir),
+        "n_trials": 7,
+        "pack": 3,
+        "engine": "packed",
+        "objective": "loss",
+        "effective_batch_size": None,
+        "overrides": {},
+        "space": {
+            "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
+            "effective_batch_size": [8],
+            "lora_r": [2, 4, 8],
+            "lora_dropout": 0.0,
+        },
+    }

@@ -14,6 +14,7 @@ from forge.evaluation.judges import Judge, registry
 from forge.tuning.config import TuningConfig
 from forge.tuning.config.config import FIELDS
 from forge.tuning.config.rules import RULES
+from forge.tuning.search.space import SearchSpace
 
 NAN, INF = float("nan"), float("inf")
 TEXTS = ("", "  ", 3, True, ["x"], b"x", "two\nlines", "\0", "half \ud83d")
@@ -34,6 +35,17 @@ WRONG = {
     "train_data": TEXTS,
     "validation_data": (0, -1, 0.0, 1.0, 1.5, NAN, True, False, "", []),
     "n_trials": (*COUNTS, None),
+    "space": ("auto", 3, True, [], {"lora_r": [0]}, {"lr": [1e-4]}, {"learning_rate": {"low": 1}}),
+    "sampler": ("", "TPE", None, 1, ["tpe"]),
+    "objective": ("", "accuracy", 1, True),
+    "score_every_trial": FLAGS,
+    "finalists": (*COUNTS, None),
+    "pack": (*COUNTS, None, "8", "most"),
+    "engine": ("", "pack", None, 1),
+    "workers": (*COUNTS, None),
+    "launcher": ("", "slurm", None, 1),
+    "study_name": TEXTS,
+    "storage": (*TEXTS, "study.db"),
     "judge": ("", "gpt", 0, 1, 1.0, [], object(), Judge),
     "bert_score": ("", 0, 1, None, [], object()),
     "max_eval_samples": COUNTS,
@@ -63,6 +75,17 @@ RIGHT = {
     "train_data": "train.jsonl",
     "validation_data": 0.1,
     "n_trials": 7,
+    "space": SearchSpace(lora_r=[8, 16], learning_rate={"low": 1e-4, "high": 1e-3, "log": True}),
+    "sampler": "gp",
+    "objective": "loss",
+    "score_every_trial": True,
+    "finalists": 5,
+    "pack": 8,
+    "engine": "shared",
+    "workers": 2,
+    "launcher": "ray",
+    "study_name": "chats",
+    "storage": "sqlite:///study.db",
     "judge": "local",
     "bert_score": "owner/encoder",
     "max_eval_samples": None,

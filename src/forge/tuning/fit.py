@@ -63,6 +63,27 @@ def check_fit(model: Any, preset: Preset, config: TuningConfig, *, longest: int,
         UnsupportedError: not even the lower end of the estimate's band fits. The message says what would.
     """
     room, measured = _room(preset, config), _for_card(preset, config)
+    options = _options(preset, config, packed=packed)
+    estimate = _estimate(model, measured, longest, options)
+    if estimate.heaviest.bytes.low > room.bytes:
+        raise UnsupportedError(_does_not_fit(model, measured, estimate, room, options))
+    return estimate
+
+
+def excess_gb(model: Any, preset: Preset, config: TuningConfig, *, longest: int) -> float:
+    """By how many GiB a run surely exceeds the memory; 0 or less where it may fit.
+
+    Args:
+        model: its config.
+        preset: the recipe.
+        config: what else is wanted; its `freeze_ratio` is the run's.
+        longest: tokens in the longest row.
+    """
+    estimate = _estimate(model, _for_card(preset, config), longest, _options(preset, config, packed=False))
+    return float(estimate.heaviest.bytes.low - _room(preset, config).bytes) / GB
+
+
+def _options(preset: Preset, config: TuningConfig, *, packed: bool) -> dict[str, Any]:
     options: dict[str, Any] = {"trainer": preset.objective}
     if config.freeze_ratio:
         options |= {"freeze_ratio": config.freeze_ratio, "prefix_cache": config.prefix_cache}
@@ -70,11 +91,12 @@ def check_fit(model: Any, preset: Preset, config: TuningConfig, *, longest: int,
         options["ema"] = "device"
     if packed:
         options["packed"] = True
+    return options
+
+
+def _estimate(model: Any, preset: Preset, longest: int, options: dict[str, Any]) -> MemoryEstimate:
     batch = int(preset.choices["per_device_train_batch_size"].value)
-    estimate = estimate_model_memory(model, batch, longest, preset=measured, **options)
-    if estimate.heaviest.bytes.low > room.bytes:
-        raise UnsupportedError(_does_not_fit(model, measured, estimate, room, options))
-    return estimate
+    return estimate_model_memory(model, batch, longest, preset=preset, **options)
 
 
 def surely_fits(estimate: MemoryEstimate, preset: Preset, config: TuningConfig) -> bool:

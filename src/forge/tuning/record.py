@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _ELSEWHERE = {
     *("model_name", "preset", "train_data", "validation_data"),  # said better elsewhere in the record
     *("output_dir", "report_to", "gpu", "n_trials", "project_id"),
+    *("space", "sampler", "objective", "score_every_trial", "finalists", "pack", "engine", "workers", "launcher"),
+    *("study_name", "storage"),
     *("mlflow_enabled", "mlflow_tracking_uri", "mlflow_experiment_name"),
 }
 _PLAIN = (str, bool, type(None))

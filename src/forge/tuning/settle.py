@@ -50,6 +50,8 @@ class Settled:
         encoder: BERTScore's, loaded; None without.
         estimate: of its memory.
         record: what it is, as JSON knows it.
+        model_config: the model's.
+        longest: tokens in the longest row that the trainer will see.
     """
 
     config: TuningConfig
@@ -60,6 +62,8 @@ class Settled:
     encoder: BertScore | None
     estimate: MemoryEstimate
     record: Mapping[str, Any]
+    model_config: PreTrainedConfig
+    longest: int
 
 
 def settle(
@@ -98,7 +102,7 @@ def settle(
         )
     given = {"model": model, "train": train, "validation": validation}
     record = record_of(config, recipe, model_config, data, encoder=encoder, given=given)
-    return Settled(config, recipe, model, tokenizer, data, encoder, estimate, record)
+    return Settled(config, recipe, model, tokenizer, data, encoder, estimate, record, model_config, longest)
 
 
 def _recipe(model: Any, preset: str | Preset, config: TuningConfig, *, live: bool) -> Preset:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters import cleanup_peft_model
 from ..errors import ForgeError
-from ..evaluation import EvaluationResult, compare_results, evaluate_model
+from ..evaluation import EvaluationResult, compare_results
 from ..evaluation.report import notes as page_notes
 from .interruption import TuningInterrupted, held_back, interruption
 from .publish import save_adapter, write_card
 from .report import page
 from .result import TuningResult
 from .run_folder import RunFolder, write_json
+from .scoring import evaluated, load_base, scores_of
 from .tracked import TrackedRun
 from .training import Trained, as_saved, train, with_adapter
 
@@ -70,35 +71,14 @@ class Stages:
             logger.warning("preset.json was not written: %s", why)
 
     def _load(self) -> PreTrainedModel:
-        model = self._settled.model
-        if not isinstance(model, str):
-            return model
-        from transformers import AutoModelForCausalLM
-
-        logger.info("Loading %s.", model)
-        return AutoModelForCausalLM.from_pretrained(model, **self._settled.preset.model_kwargs())
+        return load_base(self._settled)
 
     def _evaluated(self, name: str, model: Any) -> EvaluationResult:
         """The evaluation of that name, from its folder if it is there."""
         folder = self._folder.evaluation / name
-        if (folder / "result.json").is_file():
-            return EvaluationResult.load(folder)
-        config = self._settled.config
-        logger.info("Evaluating the %s model.", name)
-        result = evaluate_model(
-            model,
-            self._settled.tokenizer,
-            self._settled.data,
-            bert_score=self._settled.encoder or False,
-            judge=config.judge,
-            max_eval_samples=config.max_eval_samples,
-            judge_samples=config.judge_samples,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.eval_batch_size,
-            name=name,
-        )
-        result.save(folder)
-        return result
+        if not (folder / "result.json").is_file():
+            logger.info("Evaluating the %s model.", name)
+        return evaluated(self._settled, model, name, folder)
 
     def _refuse_a_silent_judge(self, base: EvaluationResult) -> None:
         """A judge of whom nothing can be had is found out before the training, not after it.
@@ -137,8 +117,8 @@ class Stages:
         comparison = compare_results(base, tuned)
         comparison.save(folder.evaluation)
         metrics = {
-            **_scores(tuned),
-            **{f"base_{name}": value for name, value in _scores(base).items()},
+            **scores_of(tuned),
+            **{f"base_{name}": value for name, value in scores_of(base).items()},
             **trained.metrics,
             "estimated_memory_gb": float(settled.estimate["total_estimated_gb"]),
         }
@@ -164,14 +144,3 @@ class Stages:
                 self._folder.path,
             )
             raise
-
-
-def _scores(result: EvaluationResult) -> dict[str, float]:
-    """The figures of an evaluation by the names that trackers use."""
-    found = {
-        "loss": result.loss.mean,
-        "bert_score": result.bert_score,
-        "llm_judge_score": result.judge_score,
-        "combined_score": result.combined,
-    }
-    return {name: float(value) for name, value in found.items() if value is not None}

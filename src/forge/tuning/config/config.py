@@ -18,6 +18,7 @@ from .values import FrozenMapping, plain, shown
 
 if TYPE_CHECKING:
     from ...evaluation import BertScore, Judge
+    from ..search.space import SearchSpace
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -50,7 +51,21 @@ class TuningConfig:
         train_data: A path or a hub id.
         validation_data: A path or a hub id; or how much of the training rows to hold out, as a share (a float) or a
             number of rows (an int).
-        n_trials: How many settings a search tries; one run of `LoRATuner` has no use for it.
+        n_trials: How many settings a search tries in all. This and the next eleven are of `BayesianLoRATuner`; one run
+            of `LoRATuner` has no use for them.
+        space: What is searched: a `SearchSpace`, or a mapping of its fields; None for the default one.
+        sampler: "tpe", "gp" (a Gaussian process) or "random".
+        objective: The figure that decides: "combined" (BERTScore and judge), "bert_score" or "loss" (held-out); None
+            for the first of them that can be measured.
+        score_every_trial: Whether every completed trial is scored by it, and not the finalists alone.
+        finalists: How many trials, those of the lowest held-out loss, are scored in the end.
+        pack: How many trials train in one pass; "auto" measures what pays.
+        engine: "packed", "shared" (one adapter at a time on one base), "reload" (the base loaded anew each time), or
+            "auto" for the first that works and pays.
+        workers: How many processes search, one engine each.
+        launcher: Who starts them: "local" or "ray".
+        study_name: Of Optuna's study; None for the name of `output_dir`.
+        storage: The URL of its database; None for SQLite in `output_dir`. Credentials are never shown.
         judge: A judge, the name of one, True for the default one (`FORGE_JUDGE`, else "local"), None or False for none.
         bert_score: A `BertScore`, an encoder's id or folder, True for bert-score's own choice, False for none.
         max_eval_samples: At most so many held-out samples are evaluated: answers and loss; None for all.
@@ -84,6 +99,17 @@ class TuningConfig:
     train_data: str | None = None
     validation_data: str | float | int | None = None
     n_trials: int = 20
+    space: SearchSpace | Mapping[str, Any] | None = None
+    sampler: str = "tpe"
+    objective: str | None = None
+    score_every_trial: bool = False
+    finalists: int = 3
+    pack: str | int = "auto"
+    engine: str = "auto"
+    workers: int = 1
+    launcher: str = "local"
+    study_name: str | None = None
+    storage: str | None = None
     # Not part of the hash: a judge of one's own may compare by value and have none.
     judge: str | bool | Judge | None = field(default=None, hash=False)
     bert_score: bool | str | BertScore = field(default=True, hash=False)
@@ -243,8 +269,11 @@ class TuningConfig:
         found = {name: plain(getattr(self, name)) for name in FIELDS}
         for name in ("judge", "bert_score"):
             found[name] = _named(found[name])
-        if self.mlflow_tracking_uri is not None:
-            found["mlflow_tracking_uri"] = without_credentials(self.mlflow_tracking_uri)
+        if self.space is not None:
+            found["space"] = self.space.to_dict()  # type: ignore[union-attr]  # a mapping became a space
+        for name in ("mlflow_tracking_uri", "storage"):
+            if found[name] is not None:
+                found[name] = without_credentials(found[name])
         return found
 
     def __repr__(self) -> str:

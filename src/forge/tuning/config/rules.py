@@ -166,6 +166,48 @@ def _project(value: Any) -> Any:
     return _text_or_none(value) if value is None or isinstance(value, str) else _whole(-math.inf)(value)  # type: ignore[arg-type]
 
 
+def _space(value: Any) -> Any:
+    if value is None:
+        return None
+    from ..search.space import SearchSpace
+
+    if isinstance(value, SearchSpace):
+        return value
+    if not isinstance(value, Mapping):
+        raise TypeError
+    try:
+        return SearchSpace.from_dict(value)
+    except ForgeError as error:
+        lines = str(error).splitlines()
+        raise ForgeError("; ".join(line.strip() for line in lines[1:] or lines)) from None
+
+
+def _one_of(*names: str | None) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if value is None and None in names:
+            return None
+        if not isinstance(value, str):
+            raise TypeError
+        if value not in names:
+            raise UnknownNameError.among("choice", value, [name for name in names if name])
+        return str(value)
+
+    return read
+
+
+def _pack(value: Any) -> Any:
+    return value if value == "auto" and isinstance(value, str) else _whole(1)(value)
+
+
+def _storage(value: Any) -> str | None:
+    if value is None:
+        return None
+    url = _text(value)
+    if "://" not in url:
+        raise ValueError
+    return url
+
+
 def _overrides(value: Any) -> FrozenMapping:
     if not isinstance(value, Mapping):
         raise TypeError
@@ -198,6 +240,23 @@ RULES: dict[str, Rule] = {
         "Pass 'validation.jsonl', 0.05 or 64, say.",
     ),
     "n_trials": Rule(_whole(1), _COUNT, "Pass 20, say."),
+    "space": Rule(_space, "a SearchSpace, a mapping of its fields, or None", "Pass {'lora_r': [8, 16]}, say."),
+    "sampler": Rule(_one_of("tpe", "gp", "random"), "'tpe', 'gp' or 'random'", "Pass one of these."),
+    "objective": Rule(
+        _one_of("combined", "bert_score", "loss", None),
+        "'combined', 'bert_score', 'loss' or None",
+        "Pass one of these.",
+    ),
+    "score_every_trial": Rule(_flag, "True or False", "Pass one of these.", words=True),
+    "finalists": Rule(_whole(1), _COUNT, "Pass 3, say."),
+    "pack": Rule(_pack, f"'auto' or {_COUNT}", "Pass 'auto', say."),
+    "engine": Rule(
+        _one_of("auto", "packed", "shared", "reload"), "'auto', 'packed', 'shared' or 'reload'", "Pass one."
+    ),
+    "workers": Rule(_whole(1), _COUNT, "Pass 1, say."),
+    "launcher": Rule(_one_of("local", "ray"), "'local' or 'ray'", "Pass one of these."),
+    "study_name": Rule(_text_or_none, "a name as text, not empty, or None", "Pass 'chats', say."),
+    "storage": Rule(_storage, "a database's URL as text, or None", "Pass 'postgresql://user@host/database', say."),
     "judge": Rule(_judge, "a judge, its name, True for the default one, or None", "Pass 'local', say.", words=True),
     "bert_score": Rule(
         _bert_score, "True, False, an encoder's hub id or folder, or a BertScore", "Pass True, say.", words=True

@@ -1,0 +1,1 @@
+"""K adapters trained in one pass on one frozen base."""
