@@ -183,3 +183,13 @@ def test_the_length_that_trl_cuts_to(preference):
     config = trl.DPOConfig if preference else trl.SFTConfig
     made = config("out", use_cpu=True, bf16=False, **checkpointing(False))
     assert compat.default_max_length(preference) == made.max_length
+
+
+@pytest.mark.parametrize("kind", ["plain", "sft"])
+def test_rows_are_taken_in_order(kind, make_trainer):
+    drawn, ordered = (make_trainer(kind, per_device_train_batch_size=1, rows=12) for _ in range(2))
+    compat.train_in_order(ordered)
+    taken = [batch["input_ids"][0].tolist() for batch in ordered.get_train_dataloader()]
+    rows = [list(row["input_ids"]) for row in ordered.train_dataset]
+    assert taken == rows
+    assert [batch["input_ids"][0].tolist() for batch in drawn.get_train_dataloader()] != rows

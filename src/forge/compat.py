@@ -187,7 +187,7 @@ def default_max_length(preference: bool) -> int | None:
 
 
 def train_in_order(trainer: Any) -> None:
-    """Let a trainer take its training rows in the order that they have; before transformers 5.10 no argument did."""
+    """Let a trainer take its training rows in the order that they have; transformers 5.0 has no argument for it."""
     from torch.utils.data import SequentialSampler
 
     if hasattr(trainer.args, "train_sampling_strategy"):

@@ -35,14 +35,6 @@ class StudyFolder(RunFolder):
         """Whether anything in it would have to be done again."""
         return any((self.path / name).exists() for name in ("study.db", "study.json", "crews", "trials"))
 
-    def is_over(self, n_trials: int) -> bool:
-        """Whether the study is over, and no more trials are wanted than it has."""
-        from .study.result import StudyResult
-
-        if not (self.path / "study.json").is_file():
-            return False
-        return (StudyResult.load(self.path).study.n_trials or 0) >= n_trials
-
 
 class BayesianLoRATuner:
     """Search the settings of LoRA on one model and one data set.
@@ -118,13 +110,15 @@ class BayesianLoRATuner:
         """
         from .search.objective import Objective
         from .search.space import SearchSpace
-        from .search_run import Search
+        from .search_run import Search, is_over
         from .study.result import StudyResult
         from .study.storage import close_storage, open_storage
         from .study.view import StudyView
 
         config = self.config
         objective = Objective.of(config)
+        if not objective.scores:  # nothing is written, and nobody asked about it
+            config = config.replace(bert_score=False, judge=None)
         folder = StudyFolder(config.output_dir)
         settled = settle(
             self.model_or_id,
@@ -140,7 +134,7 @@ class BayesianLoRATuner:
         space = (config.space or SearchSpace()).bind(settled.preset)  # type: ignore[union-attr]
         search = Search(settled, space, objective, folder.path)
         folder.begin(settled.record, resume=resume)
-        if folder.is_over(config.n_trials):
+        if is_over(folder.path, config.n_trials):
             logger.info("The study in %s is over; this is its result.", folder.path)
             return StudyResult.load(folder.path)
         storage = open_storage(config.storage, folder.path)

@@ -24,6 +24,7 @@ from .search.priors import priors
 from .search.samplers import make_sampler
 from .study.ledger import Asked, Ledger
 from .study.result import StudyResult
+from .tracked_study import tell_trackers
 from .worker import Watcher, Worker
 
 if TYPE_CHECKING:
@@ -49,6 +50,13 @@ _WEIGHTLESS = {
     "num_train_epochs",
     "weight_decay",
 }
+
+
+def is_over(folder: Path, n_trials: int) -> bool:
+    """Whether a folder holds the result of a study of as many trials as are wanted."""
+    if not (folder / "study.json").is_file():
+        return False
+    return (StudyResult.load(folder).study.n_trials or 0) >= n_trials
 
 
 class Search:
@@ -125,6 +133,8 @@ class Search:
             ForgeError: no trial was completed, or none could be scored.
         """
         with ledger.lock("conclude", timeout_s=24 * 3600):
+            if is_over(self._folder, self._settled.config.n_trials):  # another process was first
+                return StudyResult.load(self._folder)
             finished = [trial for trial in ledger.study.trials if trial.state.name == "COMPLETE"]
             best = sorted(finished, key=lambda trial: (trial.user_attrs["loss"], trial.number))
             said: dict[str, Any] = {"n_trials": self._settled.config.n_trials}
@@ -139,6 +149,7 @@ class Search:
             params = None if won is None else self.params(won.params)
             result = StudyResult.of(study, self._folder, preset=self._settled.preset.name, best_params=params)
             result.save()
+            tell_trackers(self._settled.config, result, self._settled.record, self._recipe)
         return result
 
     def task(self, asked: Asked) -> Task:
@@ -155,6 +166,10 @@ class Search:
             layers = int(self._settled.model_config.get_text_config(decoder=True).num_hidden_layers)
             found["layers_to_transform"] = list(range(math.floor(layers * task.freeze_ratio + 1e-9), layers))
         return found
+
+    def _recipe(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """All values of a trial's recipe."""
+        return {name: choice.value for name, choice in self._task(0, raw).preset.choices.items()}
 
     def _task(self, number: int, raw: Mapping[str, Any]) -> Task:
         params = self._space.params(raw)

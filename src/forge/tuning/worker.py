@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from .study.ledger import Asked, Ledger
 
 logger = logging.getLogger("forge.tuning")
+
+WAIT_S = 2.0
 
 
 class Watcher(Protocol):
@@ -67,18 +70,23 @@ class Worker:
         self._asked: dict[int, Asked] = {}
 
     def run(self) -> None:
-        """Work as a crew, and then as every crew that was left by a process that died.
+        """Work as a crew, and then as every crew that was left by a process that died, until no trial is on the way.
 
         Raises:
             ForgeError: three trials in a row failed alike; the lease was lost.
         """
         crew: Crew | None = self._ledger.claim()
-        while crew is not None:
-            try:
-                self._work(crew)
-            finally:
-                crew.release()
+        while True:
+            if crew is not None:
+                try:
+                    self._work(crew)
+                finally:
+                    crew.release()
+            if not self._ledger.unfinished():
+                return
             crew = self._ledger.claim_dead()
+            if crew is None:  # others are at work; should one of them die, its trials are taken over
+                time.sleep(WAIT_S)
 
     def _work(self, crew: Crew) -> None:
         checkpoint = self._folder / crew.folder
