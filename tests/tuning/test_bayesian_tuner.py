@@ -250,6 +250,37 @@ def test_what_cannot_be_searched_is_refused(
         make_search(**fields).run()
 
 
+def test_ctrl_c_says_how_to_go_on(
+    make_search: Callable[..., BayesianLoRATuner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from forge import TuningInterrupted
+    from forge.tuning.engines.packed.pack import Pack
+
+    own, passes = Pack.backward, []
+
+    def backward(self: Any, *arguments: Any) -> None:
+        passes.append(1)
+        if len(passes) == 9:
+            raise KeyboardInterrupt
+        own(self, *arguments)
+
+    monkeypatch.setattr(Pack, "backward", backward)
+    with pytest.raises(TuningInterrupted, match=r"Run the same again: each trial goes on at its last rung"):
+        make_search().run()
+    assert outcome(make_search().run()) == outcome(make_search(folder="whole").run())
+
+
+def test_a_study_in_a_database_of_its_own_is_not_begun_anew_behind_ones_back(
+    make_search: Callable[..., BayesianLoRATuner], tmp_path: Path
+) -> None:
+    storage = f"sqlite:///{tmp_path}/studies.db"
+    make_search(n_trials=2, storage=storage).run()
+    with pytest.raises(ConflictError, match=r"has a study 'study' already.*study_name="):
+        make_search(n_trials=2, storage=storage).run(resume=False)
+    again = make_search(n_trials=2, storage=storage, study_name="another").run(resume=False)
+    assert len(again.trials) == 2
+
+
 def test_what_is_missing_is_named(tiny_folder: Path) -> None:
     with pytest.raises(ConflictError, match=r"needs a model.* and data"):
         BayesianLoRATuner()

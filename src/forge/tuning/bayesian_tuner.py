@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConflictError, ForgeError, UnsupportedError
 from ..presets import Preset
 from .config import TuningConfig
+from .interruption import TuningInterrupted
 from .run_folder import RunFolder
 from .settle import settle
 
@@ -107,10 +108,11 @@ class BayesianLoRATuner:
         Raises:
             ForgeError: what will not do: the data, the space, the memory, another study in the folder; or three trials
                 in a row failed alike.
+            TuningInterrupted: a KeyboardInterrupt, whose message says how to go on.
         """
         from .search.objective import Objective
         from .search.space import SearchSpace
-        from .search_run import Search, is_over
+        from .search_run import Search, is_over, refuse_known
         from .study.result import StudyResult
         from .study.storage import close_storage, open_storage
         from .study.view import StudyView
@@ -133,6 +135,12 @@ class BayesianLoRATuner:
             raise UnsupportedError("preset='dpo': a search trains on conversations or texts. Take 'qlora' or 'lora'.")
         space = (config.space or SearchSpace()).bind(settled.preset)  # type: ignore[union-attr]
         search = Search(settled, space, objective, folder.path)
+        if not resume and config.storage is not None:
+            storage = open_storage(config.storage, folder.path)
+            try:
+                refuse_known(storage, search.study_name)
+            finally:
+                close_storage(storage)
         folder.begin(settled.record, resume=resume)
         if is_over(folder.path, config.n_trials):
             logger.info("The study in %s is over; this is its result.", folder.path)
@@ -143,6 +151,11 @@ class BayesianLoRATuner:
                 with StudyView(lambda: ledger.study, n_trials=config.n_trials) as view:
                     search.work(ledger, [view])
                 return search.conclude(ledger)
+        except KeyboardInterrupt as error:
+            said = f"Stopped; what was reached is in {folder.path}. "
+            said += "Run the same again: each trial goes on at its last rung."
+            logger.warning(said)
+            raise TuningInterrupted(said) from error
         finally:
             close_storage(storage)
 

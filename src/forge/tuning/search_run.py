@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnsupportedError
+from ..errors import ConflictError, UnsupportedError
 from ..evaluation.loss import held_out_loss
 from ..evaluation.scoring import choose
 from .engines import Engine, Task
@@ -59,6 +59,19 @@ def is_over(folder: Path, n_trials: int) -> bool:
     return (StudyResult.load(folder).study.n_trials or 0) >= n_trials
 
 
+def refuse_known(storage: RDBStorage, name: str) -> None:
+    """Raise where a database outside of the study's folder has the study that was to begin anew.
+
+    Raises:
+        ConflictError: it has; moving the folder aside would not move the study.
+    """
+    if name in {study.study_name for study in storage.get_all_studies()}:
+        raise ConflictError(
+            f"resume=False, and the storage has a study {name!r} already, which nobody but you should delete. Give "
+            "study_name=, or delete it: optuna delete-study."
+        )
+
+
 class Search:
     """What one process does for a study.
 
@@ -84,7 +97,7 @@ class Search:
         record = settled.record
         return Ledger.open(
             storage,
-            config.study_name or self._folder.name,
+            self.study_name,
             direction=self._objective.direction,
             n_trials=config.n_trials,
             space_distributions=self._space.distributions,
@@ -104,6 +117,11 @@ class Search:
                 "config": record["config"],
             },
         )
+
+    @property
+    def study_name(self) -> str:
+        """Of Optuna's study."""
+        return self._settled.config.study_name or self._folder.name
 
     def work(self, ledger: Ledger, watchers: Sequence[Watcher] = ()) -> None:
         """Train trials until the study has all of them."""

@@ -35,6 +35,8 @@ def tell_trackers(
         record: what the study is of.
         recipe_of: from a trial's parameters to all values of its recipe.
     """
+    if not config.mlflow_enabled:
+        return
     tags = {"optimization_type": OPTIMIZATION_TYPE, "model_type": record["model"]["type"]}
     about = {
         "preset": result.preset,

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +80,8 @@ class StudyResult:
             ForgeError: no trial was completed.
         """
         record = as_record(study)
+        # A prior that no trial was left for is none.
+        record = replace(record, trials=tuple(trial for trial in record.trials if trial.status != "waiting"))
         best = record.best()
         if best is None:
             raise ForgeError(
