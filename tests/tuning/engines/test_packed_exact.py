@@ -236,6 +236,7 @@ def test_gradients_on_nf4(tmp_path):
         expected = {name: (down.grad, up.grad) for name, (down, up) in factors_of(model).items()}
         assert worst(found[place], expected, relative=True) <= 1e-4
         alone = model.unload()
+        vars(alone).pop("peft_config", None)  # PEFT 0.18 leaves it
 
 
 def test_gradients_under_checkpointing():
