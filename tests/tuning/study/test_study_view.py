@@ -236,3 +236,15 @@ def test_looking_needs_no_training_stack():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("level", "written"), [(logging.WARNING, True), (logging.INFO, False)])
+def test_where_nobody_listens_to_the_log_the_lines_are_written(
+    level: int, written: bool, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(level, logger="forge.tuning")
+    with StudyView(console=plain()) as view:
+        view.started(SimpleNamespace(number=7, params=PARAMS, prior=""))
+        view.reached(arrival(25, 2.52), goes_on=True)
+    assert ("held-out loss 2.52 at 25%, goes on" in capsys.readouterr().err) == written
+    assert any("2.52" in message for message in caplog.messages) != written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -35,7 +36,7 @@ class StudyView:
 
     It may be told of each event, as a worker's watcher; or be shown the study now and then by `update`, and it finds
     out itself what happened since. On a terminal there is a table; anywhere else, and in a notebook, each event is a
-    line of the log "forge.tuning" (level INFO).
+    line of the log "forge.tuning" (level INFO), or of the standard error where that log is not listened to.
 
     Args:
         source: where to look; None if every `update` brings the study.
@@ -180,6 +181,9 @@ class StudyView:
     def _say(self, line: str) -> None:
         # On a terminal the table says it; whoever keeps a log of everything has it there too.
         logger.log(logging.DEBUG if self._live is not None else logging.INFO, "%s", line)
+        if self._live is None and self._wanted is not False and not logger.isEnabledFor(logging.INFO):
+            # Nobody set logging up, and a search of hours that says nothing seems to hang.
+            sys.stderr.write(f"{line}\n")
 
     def _safely(self, show: Callable[..., None], *args: Any) -> None:
         try:
